@@ -1,0 +1,1 @@
+"""Raw videos -> labelled shards of story frames."""

@@ -1,0 +1,1 @@
+"""A story and any given frames -> story frames."""
