@@ -1,0 +1,61 @@
+"""Samplers: from noise to latents along the velocity a network predicts. One signature for all of them.
+
+sampler(denoise, noise, sigmas, callback) -> latents, where denoise(latents, sigma) -> velocity has the shape of latents
+and sigmas run from 1 (noise) to 0 (data), as `flow.sampling_sigmas` makes them. Samplers act on every number alone, so
+clips of different shape are sampled together as one flat tensor that denoise splits; see `generator.py`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from diffusers import UniPCMultistepScheduler
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # (latents, sigma as a scalar tensor) -> velocity
+Callback = Callable[[int, Tensor], None]  # (steps done, the present guess of the clean latents) -> None
+
+
+def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """First order: one straight line per step."""
+    latents = noise
+    for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
+        velocity = denoise(latents, sigma)
+        if callback:
+            callback(step, latents - sigma * velocity)
+        latents = latents + (next_sigma - sigma) * velocity
+    return latents
+
+
+def unipc(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
+    """UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with, through diffusers' scheduler.
+
+    The scheduler would make (and shift) a schedule of its own and round timesteps to whole numbers; it is given ours.
+    """
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    scheduler.set_timesteps(sigmas=sigmas[:-1].double().cpu().numpy())
+    scheduler.sigmas = sigmas.float().cpu().clamp(max=1 - 1e-6)  # sigma 1 has no finite log signal-to-noise ratio
+    scheduler.set_begin_index(0)  # do not look steps up by their rounded timesteps, of which two may be equal
+    latents = noise
+    for step, (sigma, timestep) in enumerate(zip(sigmas, scheduler.timesteps, strict=False), start=1):
+        velocity = denoise(latents, sigma)
+        if callback:
+            callback(step, latents - sigma * velocity)
+        # the scheduler needs two axes, a flat tensor has one
+        latents = scheduler.step(velocity[None], timestep, latents[None]).prev_sample[0]
+    return latents
+
+
+SAMPLERS = {"euler": euler, "unipc": unipc}
+
+
+def guided(denoise_both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], scale: float) -> Denoise:
+    """Classifier-free guidance (arXiv 2207.12598) as a denoise function.
+
+    denoise_both(latents, sigma) -> (velocity with the caption, velocity without it), best from one packed forward.
+    """
+
+    def denoise(latents: Tensor, sigma: Tensor) -> Tensor:
+        conditional, unconditional = denoise_both(latents, sigma)
+        return torch.lerp(unconditional, conditional, scale)
+
+    return denoise
