@@ -1,0 +1,60 @@
+"""Many clips of any frame count and size in one token sequence, without padding.
+
+Legend: B clips, F story frames, C channels, H W latent size, N tokens of all clips, p patch size, K head width.
+Tokens run frame by frame, row by row (w fastest), as in Wan and Step-Video. A grid is (F, H/p, W/p) of one clip.
+Lengths stay on the host as Python lists, so that splitting by clip never waits for the device.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+def patchify(clips: Sequence[Tensor], patch: int) -> tuple[Tensor, list[Grid]]:
+    """Clips (F_i, C, H_i, W_i) -> tokens (N, C*p*p) in (C, p, p) order, and the grid of every clip."""
+    tokens, grids = [], []
+    for clip in clips:
+        F, _, H, W = clip.shape
+        if H % patch or W % patch:
+            raise ValueError(f"latents of {H}x{W} do not divide into patches of {patch}x{patch}")
+        rows = clip.unflatten(-1, (W // patch, patch)).unflatten(-3, (H // patch, patch))  # (F, C, h, p, w, p)
+        tokens.append(rows.permute(0, 2, 4, 1, 3, 5).reshape(-1, clip.shape[1] * patch * patch))
+        grids.append((F, H // patch, W // patch))
+    return torch.cat(tokens), grids
+
+
+def unpatchify(tokens_NV: Tensor, grids: Sequence[Grid], patch: int) -> list[Tensor]:
+    """Inverse of patchify for the network's output, whose tokens are in (p, p, C) order."""
+    clips = []
+    for tokens, (F, h, w) in zip(tokens_NV.split(token_counts(grids)), grids, strict=True):
+        patches = tokens.reshape(F, h, w, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)  # (F, C, h, p, w, p)
+        clips.append(patches.reshape(F, -1, h * patch, w * patch))
+    return clips
+
+
+def token_counts(grids: Sequence[Grid]) -> list[int]:
+    return [F * h * w for F, h, w in grids]
+
+
+def rope_table(grids: Sequence[Grid], head_dim: int, device: torch.device) -> Tensor:
+    """Rotations (N, 1, K/2) complex64 of all tokens: time, height and width share the head as in Wan (44/42/42 of 128)."""
+    return torch.cat([_rope_of_grid(grid, head_dim, device) for grid in grids])[:, None]
+
+
+@lru_cache(maxsize=256)
+def _rope_of_grid(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+    spatial_dim = 2 * (head_dim // 6)
+    axis_dims = (head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
+    angles = []
+    for axis, (size, dim) in enumerate(zip(grid, axis_dims, strict=True)):
+        frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = size
+        positions = torch.arange(size, dtype=torch.float64)
+        angles.append((positions[:, None] * frequencies).reshape(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1).flatten(0, 2)  # float64: bf16 angles would be off by up to 0.1 rad
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
