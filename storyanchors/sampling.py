@@ -1,11 +1,12 @@
 """Samplers: from noise to latents along the velocity a network predicts. One signature for all of them.
 
-sampler(denoise, noise, sigmas, callback) -> latents, where denoise(latents, sigma) -> velocity has the shape of latents
-and sigmas run from 1 (noise) to 0 (data), as `flow.sampling_sigmas` makes them. Samplers act on every number alone, so
-clips of different shape are sampled together as one flat tensor that denoise splits; see `generator.py`.
+sampler(denoise, noise, sigmas, callback) -> latents, where denoise(latents, sigma) -> velocity has the shape of
+latents and sigmas run from 1 (noise) to 0 (data), as `flow.sampling_sigmas` makes them. Samplers act on every number
+alone, so clips of different shape are sampled together as one flat tensor that denoise splits; see `generator.py`.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from diffusers import UniPCMultistepScheduler
@@ -18,7 +19,7 @@ Callback = Callable[[int, Tensor], None]  # (steps done, the present guess of th
 def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """First order: one straight line per step."""
     latents = noise
-    for step, (sigma, next_sigma) in enumerate(zip(sigmas, sigmas[1:], strict=False), start=1):
+    for step, (sigma, next_sigma) in enumerate(pairwise(sigmas), start=1):
         velocity = denoise(latents, sigma)
         if callback:
             callback(step, latents - sigma * velocity)
@@ -29,12 +30,14 @@ def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | 
 def unipc(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with, through diffusers' scheduler.
 
-    The scheduler would make (and shift) a schedule of its own and round timesteps to whole numbers; it is given ours.
+    The scheduler would shift sigmas again and look steps up by timesteps rounded to whole numbers; it is given ours.
     """
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0)
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
+    )
     scheduler.set_timesteps(sigmas=sigmas[:-1].double().cpu().numpy())
-    scheduler.sigmas = sigmas.float().cpu().clamp(max=1 - 1e-6)  # sigma 1 has no finite log signal-to-noise ratio
-    scheduler.set_begin_index(0)  # do not look steps up by their rounded timesteps, of which two may be equal
+    scheduler.sigmas = sigmas.float().cpu().clamp(max=1 - 1e-6)  # log(1 - sigma) must be finite
+    scheduler.set_begin_index(0)
     latents = noise
     for step, (sigma, timestep) in enumerate(zip(sigmas, scheduler.timesteps, strict=False), start=1):
         velocity = denoise(latents, sigma)
@@ -51,7 +54,7 @@ SAMPLERS = {"euler": euler, "unipc": unipc}
 def guided(denoise_both: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], scale: float) -> Denoise:
     """Classifier-free guidance (arXiv 2207.12598) as a denoise function.
 
-    denoise_both(latents, sigma) -> (velocity with the caption, velocity without it), best from one packed forward.
+    denoise_both(latents, sigma) -> (velocity with the caption, velocity without it), from one packed forward.
     """
 
     def denoise(latents: Tensor, sigma: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ def test_exact_velocity_recovers_the_data(sampler, num_steps, shift):
 
 
 def test_exact_denoiser_of_a_point_recovers_it(sampler):
-    """A velocity that depends on the latents: the data are one point, and every path ends there."""
+    """The velocity depends on the latents here: the data are one point, and every path ends there."""
     torch.manual_seed(0)
     latents, noise = torch.randn(4, 8), torch.randn(4, 8)
     found = sampler(lambda noisy, sigma: (noisy - latents) / sigma, noise, sampling_sigmas(10, 3.0))
@@ -40,7 +40,7 @@ def test_the_network_sees_our_sigmas_and_they_are_shifted_once(sampler):
 
 
 def test_both_samplers_approach_the_same_answer_and_unipc_sooner():
-    """Gaussian data of spread 0.5 has an exact velocity: E[noise - data | noisy], linear in the noisy latents."""
+    """Gaussian data of spread 0.5 has an exact velocity, E[noise - data | noisy], linear in the latents."""
     spread = 0.5
 
     def denoise(noisy, sigma):
@@ -73,7 +73,10 @@ def test_callback_sees_every_step_and_the_guess_of_the_data(sampler):
     latents, noise = torch.zeros(3), torch.ones(3)
     calls = []
     sampler(
-        lambda *_: velocity(latents, noise), noise, sampling_sigmas(4, 1.0), lambda step, x: calls.append((step, x))
+        lambda *_: velocity(latents, noise),
+        noise,
+        sampling_sigmas(4, 1.0),
+        lambda step, x: calls.append((step, x)),
     )
     assert [step for step, _ in calls] == [1, 2, 3, 4]
     for _, guess in calls:
