@@ -72,7 +72,7 @@ class StoryDiTConfig:
 
 PRESETS = {
     "tiny": dict(
-        num_attention_heads=6, attention_head_dim=32, num_layers=6, ffn_dim=768, text_dim=192,
+        num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=768, text_dim=192,
         frame_number_embedding=True,
     ),
     "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096),
