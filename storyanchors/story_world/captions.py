@@ -1,0 +1,144 @@
+"""Story world <-> text: every fact of a frame is in its event's sentence and can be read back from it.
+
+The grammar, in fewer than 50 different words:
+    event    in the SCENE, CLAUSE [and CLAUSE], ZOOM shot from the PAN
+    clause   the COLOUR SHAPE stands | jumps | sleeps | runs | holds a ball
+    subject  COLOUR SHAPE
+"""
+
+from collections.abc import Iterable
+
+from storyanchors.story import Event, Story
+from storyanchors.story_world.world import (
+    ACTIONS,
+    COLOURS,
+    MAX_FRAMES,
+    MIN_FRAMES,
+    PANS,
+    SCENES,
+    SHAPES,
+    STYLE,
+    ZOOMS,
+    FrameFacts,
+    Subject,
+    WorldEvent,
+    WorldStory,
+)
+
+MAX_CAST = 2
+
+
+def to_story(world_story: WorldStory) -> Story:
+    """One Event per event, the cast as subjects; the global caption names cast and scenes in order."""
+    events = [
+        Event(event.first_frame, event.last_frame, _describe(event.facts, world_story.cast))
+        for event in world_story.events
+    ]
+    subjects = [_name(subject) for subject in world_story.cast]
+    cast = " and ".join(f"a {name}" for name in subjects)
+    scenes = ", then ".join(f"in the {event.facts.scene}" for event in world_story.events)
+    return Story(events, subjects, world_story.style, f"{cast}, first {scenes}")
+
+
+def from_story(story: Story) -> WorldStory:
+    """Inverse of to_story; the global caption is not read.
+
+    Raises ValueError with the line, the word found and what was expected, for a text outside the grammar and
+    for a story that the world cannot show.
+    """
+    if not 1 <= len(story.subjects) <= MAX_CAST:
+        raise ValueError(f"found {len(story.subjects)} subjects, expected 1 to {MAX_CAST}")
+    if story.style != STYLE:
+        raise ValueError(f"found the style {story.style!r}, expected {STYLE!r}")
+    if not MIN_FRAMES <= story.num_frames <= MAX_FRAMES:
+        raise ValueError(f"found {story.num_frames} frames, expected {MIN_FRAMES} to {MAX_FRAMES}")
+    cast = tuple(_read_subject(text, f"subject {rank}") for rank, text in enumerate(story.subjects, start=1))
+    if len({subject.colour for subject in cast}) < len(cast):
+        raise ValueError(f"subjects 1 and 2 are both {cast[0].colour}, expected different colours")
+    events: list[WorldEvent] = []
+    for number, event in enumerate(story.events, start=1):
+        line = f"event {number}"
+        expected_first = events[-1].last_frame + 1 if events else 1
+        if event.first_frame != expected_first:
+            raise ValueError(f"{line} starts at frame {event.first_frame}, expected frame {expected_first}")
+        facts = _read_description(event.description, cast, line)
+        events.append(WorldEvent(event.first_frame, event.last_frame, facts))
+    return WorldStory(cast, tuple(events), story.style)
+
+
+def _name(subject: Subject) -> str:
+    return f"{subject.colour} {subject.shape}"
+
+
+def _describe(facts: FrameFacts, cast: tuple[Subject, ...]) -> str:
+    phrases = {action: action for action in ACTIONS} | {"holds": "holds a ball"}
+    clauses = " and ".join(f"the {_name(cast[index])} {phrases[action]}" for index, action in facts.actions)
+    return f"in the {facts.scene}, {clauses}, {facts.zoom} shot from the {facts.pan}"
+
+
+class _Words:
+    """The words of one line, taken one by one; one that does not fit raises a ValueError saying where."""
+
+    def __init__(self, text: str, line: str):
+        self.words = text.replace(",", " , ").split()
+        self.position = 0
+        self.line = line
+
+    def next(self) -> str:
+        return self.words[self.position] if self.position < len(self.words) else "the end of the line"
+
+    def take(self, expected: Iterable[str]) -> str:
+        word = self.next()
+        if word not in expected:
+            raise self.error(" or ".join(expected))
+        self.position += 1
+        return word
+
+    def take_all(self, expected: str) -> None:
+        for word in expected.split():
+            self.take((word,))
+
+    def end(self) -> None:
+        if self.position < len(self.words):
+            raise self.error("the end of the line")
+
+    def error(self, expected: str) -> ValueError:
+        before = " ".join(self.words[: self.position]).replace(" ,", ",")
+        where = f" after {before!r}" if before else ""
+        return ValueError(f"{self.line}: found {self.next()!r}{where}, expected {expected}")
+
+
+def _read_subject(text: str, line: str) -> Subject:
+    words = _Words(text, line)
+    subject = Subject(words.take(COLOURS), words.take(SHAPES))
+    words.end()
+    return subject
+
+
+def _read_description(text: str, cast: tuple[Subject, ...], line: str) -> FrameFacts:
+    words = _Words(text, line)
+    words.take_all("in the")
+    scene = words.take(SCENES)
+    words.take_all(",")
+    actions = [_read_clause(words, cast, range(len(cast)))]
+    separators = (",", "and") if actions[0][0] + 1 < len(cast) else (",",)
+    if words.take(separators) == "and":
+        actions.append(_read_clause(words, cast, range(actions[0][0] + 1, len(cast))))
+        words.take_all(",")
+    zoom = words.take(ZOOMS if len(actions) == 1 else ZOOMS[:-1])
+    words.take_all("shot from the")
+    pan = words.take(PANS)
+    words.end()
+    return FrameFacts(scene, zoom, pan, tuple(actions))
+
+
+def _read_clause(words: _Words, cast: tuple[Subject, ...], allowed: range) -> tuple[int, str]:
+    """`allowed`: the cast indices that may come here; clauses follow the cast order, left to right."""
+    words.take_all("the")
+    colours = [cast[index].colour for index in allowed]
+    index = allowed[colours.index(words.take(colours))]
+    words.take((cast[index].shape,))
+    action = words.take(ACTIONS)
+    if action == "holds":
+        words.take_all("a ball")
+    return index, action
