@@ -4,13 +4,19 @@ Legend: L tokens of one text, T text_dim.
 """
 
 import hashlib
+import html
 import json
 import re
 from functools import lru_cache
 from pathlib import Path
 
+import ftfy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from storyanchors.weights import part_folder, read_json
 
 
 class WordEncoder:
@@ -76,3 +82,81 @@ def _vector(word: str, dim: int) -> Tensor:
     """A unit-variance normal vector that depends on the word alone; the same on every machine (SHA-256, not hash())."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
     return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+
+
+class Umt5Encoder:
+    """Wan's caption encoder: UMT5 (XXL in the published models) and its tokenizer, run as Wan runs them.
+
+    Wan's cross-attention has no mask: it was trained on 512 rows, of which those behind the last token are
+    zeros, and attends to the zeros as well. They are therefore part of the embedding.
+    """
+
+    max_tokens = 512
+
+    def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase):
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+
+    @property
+    def text_dim(self) -> int:
+        return self.model.config.d_model
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of the cleaned text with its end mark; 1 for ""."""
+        return len(self.tokenizer(_cleaned(text)).input_ids)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> list[Tensor]:
+        """-> one (512, text_dim) tensor per text in the model's dtype, zeros behind the last token.
+
+        ValueError for a text of more than 512 tokens: it would lose its last events.
+        """
+        batch = self.tokenizer([_cleaned(text) for text in texts], padding=True, return_tensors="pt")
+        lengths = batch.attention_mask.sum(1).tolist()
+        for text, length in zip(texts, lengths, strict=True):
+            if length > self.max_tokens:
+                raise ValueError(
+                    f"the caption has {length} tokens, at most {self.max_tokens} can be encoded: "
+                    f"{text[:60]!r}..."
+                )
+        device = self.model.device
+        with torch.autocast(device.type, enabled=False):  # the same numbers in a training step and outside
+            rows = self.model(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state
+        pairs = zip(rows, lengths, strict=True)
+        return [F.pad(row[:length], (0, 0, 0, self.max_tokens - length)) for row, length in pairs]
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Umt5Encoder":
+        self.model.to(device=device, dtype=dtype)
+        return self
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes text_encoder/ and tokenizer/, as in a pipeline of diffusers."""
+        self.model.save_pretrained(Path(folder) / "text_encoder")
+        self.tokenizer.save_pretrained(Path(folder) / "tokenizer")
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path) -> "Umt5Encoder":
+        """Reads text_encoder/ and tokenizer/ of a pipeline's folder or of a Hub id, in the stored dtype."""
+        model = UMT5EncoderModel.from_pretrained(
+            part_folder(reference, "text_encoder"), dtype="auto", use_safetensors=True
+        )
+        return cls(model, AutoTokenizer.from_pretrained(part_folder(reference, "tokenizer")))
+
+
+def _cleaned(text: str) -> str:
+    """What Wan does to a prompt: repairs encodings, resolves HTML entities (twice), joins white space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+def load_caption_encoder(reference: str | Path) -> WordEncoder | Umt5Encoder:
+    """The caption encoder in a folder, a pipeline's folder or on the Hub, by what its config.json names."""
+    config_file = part_folder(reference, "text_encoder") / "config.json"
+    config = read_json(config_file)
+    if config.get("_class_name") == "WordEncoder":
+        return WordEncoder.from_pretrained(reference)
+    if config.get("model_type") == "umt5":
+        return Umt5Encoder.from_pretrained(reference)
+    raise ValueError(
+        f"{config_file} names neither a WordEncoder nor a umt5 model: {config.get('_class_name')!r}, "
+        f"model_type {config.get('model_type')!r}"
+    )
