@@ -44,20 +44,20 @@ class WordEncoder:
                 f"the caption has {self.count_tokens(text)} words, at most {self.max_tokens} can be encoded: "
                 f"{text[:60]!r}..."
             )
-        rows = []
-        for line in text.split("\n"):
-            header = re.match(r"\[(\d+)(?:-(\d+))?\]", line)
-            frames = torch.zeros(self.part_dim)
-            if header:
-                first, last = int(header[1]), int(header[2] or header[1])
-                for frame in range(first, last + 1):
-                    frames = frames + _vector(f"frame {frame}", self.part_dim)
-            before = torch.zeros(self.part_dim)
-            for word in _words(line):
-                vector = _vector(word, self.part_dim)
-                rows.append(torch.cat([vector, before, frames]))
-                before = 0.5 * before + vector
-        return torch.stack(rows) if rows else torch.zeros(1, self.text_dim)
+        lines = [self._encode_line(line) for line in text.split("\n") if _words(line)]
+        return torch.from_numpy(np.concatenate(lines)) if lines else torch.zeros(1, self.text_dim)
+
+    def _encode_line(self, line: str) -> np.ndarray:
+        words = _words(line)
+        own = np.stack([_vector(word, self.part_dim) for word in words])
+        before = np.zeros_like(own)
+        for position in range(1, len(words)):
+            before[position] = 0.5 * before[position - 1] + own[position - 1]
+        frames = np.zeros(self.part_dim, np.float32)
+        if header := re.match(r"\[(\d+)(?:-(\d+))?\]", line):
+            first, last = int(header[1]), int(header[2] or header[1])
+            frames = sum(_vector(f"frame {frame}", self.part_dim) for frame in range(first, last + 1))
+        return np.concatenate([own, before, np.broadcast_to(frames, own.shape)], axis=1)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "WordEncoder":
         """Stays on the CPU: embeddings are looked up, not computed."""
@@ -78,10 +78,10 @@ def _words(line: str) -> list[str]:
 
 
 @lru_cache(maxsize=65536)
-def _vector(word: str, dim: int) -> Tensor:
+def _vector(word: str, dim: int) -> np.ndarray:
     """A unit-variance normal vector that depends on the word alone; the same on every machine (SHA-256, not hash())."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
-    return torch.randn(dim, generator=torch.Generator().manual_seed(seed))
+    return np.random.Generator(np.random.Philox(seed)).standard_normal(dim, dtype=np.float32)
 
 
 class Umt5Encoder:
