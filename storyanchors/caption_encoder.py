@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import ftfy
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
