@@ -1,16 +1,22 @@
 """The story world: procedural stories whose frames can be judged exactly, without a network."""
 
 from storyanchors.story_world.captions import from_story, to_story
+from storyanchors.story_world.metrics import score_stories
+from storyanchors.story_world.parser import ParsedFrame, ParsedSubject, parse_frame
 from storyanchors.story_world.renderer import render_frame
 from storyanchors.story_world.world import FrameFacts, Subject, WorldEvent, WorldStory, sample_story
 
 __all__ = [
     "FrameFacts",
+    "ParsedFrame",
+    "ParsedSubject",
     "Subject",
     "WorldEvent",
     "WorldStory",
     "from_story",
+    "parse_frame",
     "render_frame",
     "sample_story",
+    "score_stories",
     "to_story",
 ]

@@ -84,15 +84,11 @@ class _Words:
         self.position = 0
         self.line = line
 
-    def next(self) -> str:
-        return self.words[self.position] if self.position < len(self.words) else "the end of the line"
-
     def take(self, expected: Iterable[str]) -> str:
-        word = self.next()
-        if word not in expected:
-            raise self.error(" or ".join(expected))
+        if self.position == len(self.words) or self.words[self.position] not in expected:
+            raise self.error(" or ".join(map(repr, expected)))
         self.position += 1
-        return word
+        return self.words[self.position - 1]
 
     def take_all(self, expected: str) -> None:
         for word in expected.split():
@@ -103,9 +99,11 @@ class _Words:
             raise self.error("the end of the line")
 
     def error(self, expected: str) -> ValueError:
+        at_end = self.position == len(self.words)
+        found = "the end of the line" if at_end else repr(self.words[self.position])
         before = " ".join(self.words[: self.position]).replace(" ,", ",")
         where = f" after {before!r}" if before else ""
-        return ValueError(f"{self.line}: found {self.next()!r}{where}, expected {expected}")
+        return ValueError(f"{self.line}: found {found}{where}, expected {expected}")
 
 
 def _read_subject(text: str, line: str) -> Subject:
@@ -120,11 +118,12 @@ def _read_description(text: str, cast: tuple[Subject, ...], line: str) -> FrameF
     words.take_all("in the")
     scene = words.take(SCENES)
     words.take_all(",")
-    actions = [_read_clause(words, cast, range(len(cast)))]
-    separators = (",", "and") if actions[0][0] + 1 < len(cast) else (",",)
-    if words.take(separators) == "and":
-        actions.append(_read_clause(words, cast, range(actions[0][0] + 1, len(cast))))
+    actions = [_read_clause(words, cast)]
+    if words.take((",", "and")) == "and":
+        actions.append(_read_clause(words, cast))
         words.take_all(",")
+    if len(actions) == 2 and actions[0][0] >= actions[1][0]:
+        raise ValueError(f"{line}: subjects are named once each, from left to right, in the order of the subjects")
     zoom = words.take(ZOOMS if len(actions) == 1 else ZOOMS[:-1])
     words.take_all("shot from the")
     pan = words.take(PANS)
@@ -132,11 +131,10 @@ def _read_description(text: str, cast: tuple[Subject, ...], line: str) -> FrameF
     return FrameFacts(scene, zoom, pan, tuple(actions))
 
 
-def _read_clause(words: _Words, cast: tuple[Subject, ...], allowed: range) -> tuple[int, str]:
-    """`allowed`: the cast indices that may come here; clauses follow the cast order, left to right."""
+def _read_clause(words: _Words, cast: tuple[Subject, ...]) -> tuple[int, str]:
     words.take_all("the")
-    colours = [cast[index].colour for index in allowed]
-    index = allowed[colours.index(words.take(colours))]
+    colours = [subject.colour for subject in cast]
+    index = colours.index(words.take(colours))
     words.take((cast[index].shape,))
     action = words.take(ACTIONS)
     if action == "holds":
