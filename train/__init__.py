@@ -1,1 +1,1 @@
-"""Shards -> weights."""
+"""Shards -> weights: three progressive stages of the story frame model."""

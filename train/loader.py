@@ -1,0 +1,203 @@
+"""Batches of clips read by offset from frame shards, in the order of the data plan.
+
+A clip's bytes are read with pread, so nothing is unpacked and no tar is walked; every payload's checksum is compared with
+the index before it is decoded. The loader has no state: the plan's position decides what comes next.
+"""
+
+import os
+import time
+import zlib
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from omegaconf import MISSING
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from storyanchors.clip import CaptionRecord, decode_jpeg, frame_member, frames_to_tensor
+from storyanchors.conditioning import ClipConditions
+from train.clip_index import ClipIndex, ClipRow
+from train.data_plan import PlannedBatch
+from train.stop_signals import ignore_stop_signals
+
+MAX_OPEN_FILES = 64
+
+
+@dataclass
+class DataConfig:
+    dataset: str = MISSING
+    clips_per_batch: int = 16  # over all ranks
+    max_tokens: int | None = None  # a batch ends earlier where it would have more video tokens
+    holdout: float = 0.02  # share of the source videos that is never trained on
+    num_workers: int = 2
+    cache_latents: bool = False  # keep encoded clips in memory; for data sets that fit
+
+    def __post_init__(self):
+        if self.clips_per_batch < 1:
+            raise ValueError(f"data.clips_per_batch is {self.clips_per_batch}, expected at least 1")
+        if self.cache_latents and self.num_workers:
+            raise ValueError(
+                f"data.cache_latents needs data.num_workers=0, found {self.num_workers}: "
+                "workers do not see what is cached"
+            )
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"data.holdout is {self.holdout}, expected at least 0 and below 1")
+
+
+@dataclass
+class LoadedClip:
+    key: str
+    epoch: int
+    frames: Tensor | None  # (F, 3, H, W) in [-1, 1]; None where the latents are at hand
+    conditions: ClipConditions
+    captions: dict[str, str]  # by kind, those that the clip has
+
+
+@dataclass
+class ClipBatch:
+    clips: list[LoadedClip]  # of this rank
+    num_global_clips: int
+    next_position: int
+    wait_s: float = 0.0  # how long the training loop waited for it
+
+
+class BrokenSample(ValueError):
+    """A clip whose bytes are not what the index says; the message names shard, key and member."""
+
+
+class ClipReader:
+    """Frames and captions of index rows, from the files of one dataset."""
+
+    def __init__(self, dataset: Path):
+        self.dataset = dataset
+        self._files: dict[Path, int] = {}
+
+    def frames(self, row: ClipRow) -> list[Image.Image]:
+        """The clip's story frames, or BrokenSample."""
+        path = self.dataset / "frames" / f"{row.shard}.tar"
+        size = (row.conditions.width, row.conditions.height)
+        ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
+        return [
+            self._frame(path, *byte_range, size, f"{path}: clip {row.key}, member {frame_member(number)}")
+            for number, byte_range in enumerate(ranges, start=1)
+        ]
+
+    def _frame(
+        self, path: Path, offset: int, num_bytes: int, crc32: int, size: tuple[int, int], where: str
+    ) -> Image.Image:
+        data = self._read(path, offset, num_bytes, where)
+        if (found := zlib.crc32(data)) != crc32:
+            raise BrokenSample(f"{where}: crc32 is {found:08x}, the index expects {crc32:08x}")
+        try:
+            return decode_jpeg(data, size)
+        except ValueError as error:
+            raise BrokenSample(f"{where}: {error}") from error
+
+    def caption(self, row: ClipRow) -> CaptionRecord:
+        """The clip's captions; an empty record where the index knows none."""
+        if row.caption_run is None:
+            return CaptionRecord(row.key)
+        path = self.dataset / "captions" / row.caption_run / f"{row.shard}.jsonl"
+        where = f"{path}: caption of clip {row.key}"
+        try:
+            record = CaptionRecord.from_json(self._read(path, row.caption_offset, row.caption_size, where))
+        except ValueError as error:
+            raise BrokenSample(f"{where}: {error}") from error
+        if record.key != row.key:
+            raise BrokenSample(f"{where}: the line belongs to {record.key}; write the index again")
+        return record
+
+    def _read(self, path: Path, offset: int, size: int, where: str) -> bytes:
+        if path not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[path] = os.open(path, os.O_RDONLY)
+        data = os.pread(self._files[path], size, offset)
+        if len(data) != size:
+            raise BrokenSample(f"{where}: {len(data)} bytes at offset {offset}, the index expects {size}")
+        return data
+
+
+class PlannedClips(Dataset):
+    """What the workers run: a planned batch -> its clips, or the error that stopped them, as a value."""
+
+    def __init__(self, index: ClipIndex, known_latents: Container[str] = ()):
+        self.index = index
+        self.known_latents = known_latents  # keys of clips whose frames need not be read again
+        self.reader = ClipReader(index.dataset)
+
+    def __getitem__(self, planned: PlannedBatch) -> ClipBatch | OSError | ValueError:
+        try:
+            clips = [self._load(clip.row, clip.epoch) for clip in planned.clips]
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # raised again in the main process, without a worker's traceback
+            return error
+        return ClipBatch(clips, planned.num_global_clips, planned.end)
+
+    def _load(self, number: int, epoch: int) -> LoadedClip:
+        row = self.index.row(number)
+        is_known = row.key in self.known_latents
+        frames = None if is_known else frames_to_tensor(self.reader.frames(row))
+        record = self.reader.caption(row)
+        texts = {
+            "global": record.global_caption,
+            "multi_event": record.story.prompt() if record.story else "",
+        }
+        captions = {kind: text for kind, text in texts.items() if text}
+        return LoadedClip(row.key, epoch, frames, row.conditions, captions)
+
+
+class PlanSampler(Sampler[PlannedBatch]):
+    """The plan's batches from a position on, as many as are left to train."""
+
+    def __init__(self, plan: Callable[[int], PlannedBatch], position: int, num_batches: int):
+        self.plan = plan
+        self.position = position
+        self.num_batches = num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __iter__(self) -> Iterator[PlannedBatch]:
+        position = self.position
+        for _ in range(self.num_batches):
+            batch = self.plan(position)
+            yield batch
+            position = batch.end
+
+
+class PlannedLoader:
+    """Iterates batches in the order of the sampler, whatever the number of workers, and times the wait for each."""
+
+    def __init__(self, clips: PlannedClips, sampler: PlanSampler, num_workers: int):
+        self.loader = DataLoader(
+            clips,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            prefetch_factor=4 if num_workers else None,
+            worker_init_fn=_start_worker,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        batches = iter(self.loader)
+        for _ in range(len(self)):
+            start = time.perf_counter()
+            batch = next(batches)
+            if isinstance(batch, Exception):
+                raise batch
+            batch.wait_s = time.perf_counter() - start
+            yield batch
+
+
+def _start_worker(worker_id: int) -> None:
+    ignore_stop_signals()  # a signal to the process group must not kill the reader of the step in flight
+    torch.set_num_threads(1)

@@ -1,0 +1,115 @@
+"""The parts of a run: the network of a preset, the frozen codec and the frozen caption encoder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from omegaconf import MISSING
+from torch import Tensor
+
+from storyanchors.caption_encoder import WordEncoder, load_caption_encoder
+from storyanchors.clip import frames_to_tensor
+from storyanchors.codec import PcaCodec, load_codec
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.output_folder import output_folder
+from train.clip_index import ClipIndex
+from train.data_plan import epoch_order
+from train.loader import ClipReader
+
+CODEC, CAPTION_ENCODER = "codec", "caption_encoder"  # folders in a run folder
+FITTED_CODEC, WORDS = "pca", "words"  # instead of a folder or reference: made here, no files needed
+
+
+class Codec(Protocol):
+    latent_channels: int
+    spatial_stride: int
+
+    def encode(self, frames: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+    def save_pretrained(self, folder: str | Path) -> None: ...
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Codec": ...
+
+
+class CaptionEncoder(Protocol):
+    text_dim: int
+
+    def encode(self, texts: list[str]) -> list[Tensor]: ...
+    def save_pretrained(self, folder: str | Path) -> None: ...
+    def to(self, device: torch.device, dtype: torch.dtype) -> "CaptionEncoder": ...
+
+
+@dataclass
+class ModelConfig:
+    """A preset of StoryDiT with its frozen parts; sizes that are None are the preset's."""
+
+    preset: str = MISSING
+    num_attention_heads: int | None = None
+    attention_head_dim: int | None = None
+    num_layers: int | None = None
+    ffn_dim: int | None = None
+    base_weights: str | None = None  # Wan or Step-Video checkpoint; None = random weights
+    codec: str = MISSING  # pca (fitted on the data set) or a folder or hub id
+    pca_frames: int = 2048  # story frames that the pca codec is fitted on
+    caption_encoder: str = MISSING  # words or a folder or hub id
+    sigma_shift: float = 1.0  # toward noise, for training and sampling alike
+    activation_checkpointing: bool = False
+
+    @property
+    def dit_config(self) -> StoryDiTConfig:
+        names = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim")
+        sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return replace(StoryDiTConfig.preset(self.preset), **sizes)
+
+
+def build_dit(config: ModelConfig, seed: int) -> StoryDiT:
+    """The network with weights drawn from the seed, in float32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        dit = StoryDiT(config.dit_config)
+    if config.activation_checkpointing:
+        dit.enable_gradient_checkpointing()
+    return dit
+
+
+def open_codec(config: ModelConfig, earlier: Path | None, index: ClipIndex, seed: int) -> Codec:
+    """The codec that the config refers to; for pca the one of an earlier folder, else one fitted on the clips."""
+    if config.codec != FITTED_CODEC:
+        return load_codec(config.codec)
+    if earlier is not None:
+        return load_codec(earlier)
+    return PcaCodec.fit(_first_frames(index, config.pca_frames, seed))
+
+
+def open_caption_encoder(config: ModelConfig) -> CaptionEncoder:
+    if config.caption_encoder == WORDS:
+        return WordEncoder()
+    return load_caption_encoder(config.caption_encoder)
+
+
+def check_parts(dit: StoryDiT, codec: Codec, caption_encoder: CaptionEncoder) -> None:
+    """ValueError where the frozen parts are not those that the network expects."""
+    for name, found in (("latent_channels", codec.latent_channels), ("text_dim", caption_encoder.text_dim)):
+        if found != dit.config[name]:
+            raise ValueError(f"the frozen part has {name}={found}, the network expects {dit.config[name]}")
+
+
+def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_encoder: CaptionEncoder) -> None:
+    """Writes the parts that were made here to the run folder; those that are references stay where they are."""
+    if config.codec == FITTED_CODEC:
+        with output_folder(run_dir / CODEC, made_with="config.json") as folder:
+            codec.save_pretrained(folder)
+    if config.caption_encoder == WORDS:
+        with output_folder(run_dir / CAPTION_ENCODER, made_with="config.json") as folder:
+            caption_encoder.save_pretrained(folder)
+
+
+def _first_frames(index: ClipIndex, num_frames: int, seed: int) -> Tensor:
+    """About num_frames story frames (N, 3, H, W) of shuffled clips, cut to the smallest height and width among them."""
+    reader, clips = ClipReader(index.dataset), []
+    for number in epoch_order(len(index), seed, "codec", 0):
+        clips.append(frames_to_tensor(reader.frames(index.row(int(number)))))
+        if sum(map(len, clips)) >= num_frames:
+            break
+    height, width = (min(clip.shape[axis] for clip in clips) for axis in (2, 3))
+    return torch.cat([clip[:, :, :height, :width] for clip in clips])

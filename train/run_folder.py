@@ -1,0 +1,168 @@
+"""The folder of one run: its settings, where its weights came from, and whether it starts or goes on.
+
+run_dir/{config.yaml, provenance.json, codec/, caption_encoder/, checkpoints/, samples/, metrics.jsonl}
+"""
+
+import json
+import logging
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import Tensor
+
+from storyanchors.dit import StoryDiT
+from storyanchors.generator import MODEL_FILE, read_story_model
+from train.checkpoints import Checkpoint, newest_checkpoint
+
+log = logging.getLogger(__name__)
+
+CONFIG, PROVENANCE = "config.yaml", "provenance.json"
+# what may differ when a run goes on; everything else decides what is learned, or which bits come out
+MAY_CHANGE = (
+    "run_dir",
+    "init_from",
+    "resume",
+    "logger",
+    "log_every_n_steps",
+    "checkpoint",
+    "samples",
+    "trainer",
+)
+MAY_CHANGE_INSIDE = ("data.dataset", "data.num_workers", "data.cache_latents", "model.base_weights")
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """Weights that a new run begins with, and what to remember of them."""
+
+    weights: dict[str, Tensor]
+    dit_config: dict[str, Any]
+    codec: Path
+    source: dict[str, Any]  # path, step, which, sha256
+    history: list[dict[str, Any]]  # of the stages before, oldest first
+
+
+def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> Checkpoint | None:
+    """The checkpoint to go on from, or None for a new run.
+
+    ValueError when resume=never meets an existing run, or the run was made with other settings.
+    """
+    if resume not in ("auto", "never"):
+        raise ValueError(f"resume is {resume!r}, expected auto or never")
+    if run_dir.exists() and not run_dir.is_dir():
+        raise NotADirectoryError(f"run_dir {run_dir} is a file, expected a folder")
+    config = run_dir / CONFIG
+    if not config.is_file():
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"{run_dir} holds a run already: choose another run_dir, or resume=auto to go on with it"
+        )
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is not None:
+        _check_settings(yaml.safe_load(config.read_text()), settings, config)
+        log.info("going on from %s", checkpoint.folder)
+    return checkpoint
+
+
+def write_settings(run_dir: Path, settings: dict[str, Any]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / CONFIG, yaml.safe_dump(settings, sort_keys=False))
+
+
+def write_provenance(run_dir: Path, *, stage: str, preset: str, handed_over: HandedOver | None) -> None:
+    provenance = {
+        "schema_version": 1,
+        "tool_version": version("storyanchors"),
+        "stage": stage,
+        "preset": preset,
+        "init_from": handed_over.source if handed_over else None,
+        "history": handed_over.history if handed_over else [],
+    }
+    write_text(run_dir / PROVENANCE, json.dumps(provenance, indent=2) + "\n")
+
+
+def read_provenance(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / PROVENANCE).read_text())
+
+
+def stage_history(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    """The stages that the weights of this run have been through, oldest first, this one included."""
+    provenance = read_provenance(run_dir)
+    return [*provenance["history"], {"stage": provenance["stage"], "steps": step, "run": run_dir.name}]
+
+
+def read_init_from(path: str | Path, dit_config: dict[str, Any], preset: str) -> HandedOver:
+    """The EMA weights of a run folder, or the transformer of a model folder.
+
+    ValueError when it is neither, has no complete checkpoint, or holds a network of another size.
+    """
+    path = Path(path)
+    if (path / CONFIG).is_file():
+        handed_over = _from_run(path)
+    elif (path / MODEL_FILE).is_file():
+        handed_over = _from_model(path)
+    else:
+        raise ValueError(
+            f"init_from {path} is neither a run folder ({CONFIG}) nor a model folder ({MODEL_FILE})"
+        )
+    for name, expected in dit_config.items():
+        found = handed_over.dit_config.get(name)
+        if found != expected:
+            raise ValueError(
+                f"{path} holds a network with {name}={found}, the preset {preset} expects {expected}"
+            )
+    return handed_over
+
+
+def _from_run(run_dir: Path) -> HandedOver:
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise ValueError(f"init_from {run_dir} has no complete checkpoint under checkpoints/")
+    step = checkpoint.state.step
+    source = {"path": str(run_dir), "step": step, "which": "ema", "sha256": checkpoint.sha256("ema")}
+    history = stage_history(run_dir, step)
+    return HandedOver(checkpoint.weights("ema"), checkpoint.dit_config, run_dir / "codec", source, history)
+
+
+def _from_model(folder: Path) -> HandedOver:
+    info = read_story_model(folder)
+    dit = StoryDiT.from_pretrained(folder / "transformer")
+    weights = {name: tensor.float() for name, tensor in dit.state_dict().items()}
+    provenance = info.get("provenance", {})
+    source = {"path": str(folder), "which": "export", "provenance": provenance}
+    return HandedOver(weights, plain_config(dit), folder / "codec", source, provenance.get("history", []))
+
+
+def plain_config(dit: StoryDiT) -> dict[str, Any]:
+    """The sizes of a network as JSON knows them."""
+    public = {name: value for name, value in dit.config.items() if not name.startswith("_")}
+    return json.loads(json.dumps(public))
+
+
+def write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _check_settings(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:
+    before, now = _flatten(earlier), _flatten(settings)
+    for name in sorted(before.keys() | now.keys()):
+        may_change = name.split(".")[0] in MAY_CHANGE or name in MAY_CHANGE_INSIDE
+        if not may_change and before.get(name) != now.get(name):
+            raise ValueError(
+                f"{where} was written with {name}={before.get(name)}, found {name}={now.get(name)}: "
+                "a run goes on with the same settings; choose another run_dir to start anew"
+            )
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,228 @@
+"""Trains one stage of the story frame model; started again, it goes on from its newest complete checkpoint.
+
+python train/run_stage.py stage=global_caption model=tiny data.dataset=DATASET run_dir=runs/s1
+python train/run_stage.py stage=multi_event model=tiny data.dataset=DATASET run_dir=runs/s2 init_from=runs/s1
+python train/run_stage.py stage=continuation model=tiny data.dataset=DATASET run_dir=runs/s3 init_from=runs/s2
+"""
+
+import logging
+import os
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from omegaconf import MISSING
+
+from conf.command import Stopped, run
+from storyanchors.weights import load_base_weights
+from train.callbacks import MetricsLog, RunCheckpoints, StageProgress
+from train.checkpoints import Checkpoint, CheckpointConfig
+from train.clip_index import ClipIndex
+from train.data_plan import plan_batch, stable_hash
+from train.ema import EmaConfig
+from train.loader import DataConfig, PlannedClips, PlannedLoader, PlanSampler
+from train.optimizer import OptimizerConfig
+from train.parts import (
+    CODEC,
+    ModelConfig,
+    build_dit,
+    check_parts,
+    open_caption_encoder,
+    open_codec,
+    save_own_parts,
+)
+from train.run_folder import (
+    plain_config,
+    read_init_from,
+    start_or_resume,
+    write_provenance,
+    write_settings,
+)
+from train.stage import StageConfig
+from train.stop_signals import StopFlag
+from train.story_module import StoryModule
+from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
+
+log = logging.getLogger(__name__)
+
+LOGGERS = ("none", "tensorboard", "wandb")
+SET_BY_US = (
+    "max_steps", "max_epochs", "callbacks", "logger", "strategy", "default_root_dir", "enable_checkpointing",
+    "use_distributed_sampler", "gradient_clip_val",
+)  # fmt: skip
+
+
+@dataclass
+class RunStageConfig:
+    stage: StageConfig = field(default_factory=StageConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    run_dir: str = MISSING
+    init_from: str | None = None  # run or model folder whose weights this stage begins with
+    resume: str = "auto"  # auto | never
+    seed: int = 0
+    logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
+    log_every_n_steps: int = 10
+    strategy: str = "auto"  # auto | ddp | deepspeed
+    trainer: dict[str, Any] = field(default_factory=dict)  # verbatim to L.Trainer
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # verbatim to DeepSpeedStrategy
+
+    def __post_init__(self):
+        if self.logger not in LOGGERS:
+            raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(LOGGERS)}")
+        if self.strategy not in ("auto", "ddp", "deepspeed"):
+            raise ValueError(f"strategy is {self.strategy!r}, expected auto, ddp or deepspeed")
+        if taken := sorted(set(self.trainer) & set(SET_BY_US)):
+            raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
+
+
+def main(config: RunStageConfig) -> None:
+    stop = StopFlag()
+    stop.install()
+    run_dir, num_steps = Path(config.run_dir), config.stage.steps
+    resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
+    first_step = resume_from.state.step if resume_from else 0
+    if first_step >= num_steps:
+        print(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
+        return
+
+    train_clips, held_out = open_clips(config)
+    module = build_module(config, train_clips, is_new=resume_from is None)
+    if resume_from:
+        module.restore(resume_from)
+    write_settings(run_dir, asdict(config))
+    trainer = L.Trainer(
+        max_steps=num_steps,
+        max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
+        callbacks=build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips),
+        logger=build_logger(config),
+        strategy=DeepSpeedStrategy(**config.deepspeed) if config.strategy == "deepspeed" else config.strategy,
+        default_root_dir=run_dir,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        **config.trainer,
+    )
+    trainer.fit(module, build_loader(config, module, train_clips, trainer, first_step))
+    if trainer.global_step < num_steps:
+        raise Stopped(
+            f"{stop.received.name} after step {trainer.global_step}; the same command goes on from there"
+        )
+    print(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
+
+
+def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
+    """(to train on, held out): the clips with this stage's kind of caption."""
+    train_clips, held_out = (
+        ClipIndex.open(config.data.dataset).with_caption(config.stage.caption).split(config.data.holdout)
+    )
+    if not len(train_clips):
+        raise ValueError(
+            f"data.holdout={config.data.holdout} leaves no clip of {config.data.dataset} to train on"
+        )
+    log.info("%d clips to train on, %d held out", len(train_clips), len(held_out))
+    return train_clips, held_out
+
+
+def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> StoryModule:
+    """The network and its frozen parts; a new run also saves those parts and where its weights come from."""
+    run_dir = Path(config.run_dir)
+    dit = build_dit(config.model, config.seed)
+    handed_over = None
+    if is_new and config.init_from:
+        handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset)
+        dit.load_state_dict(handed_over.weights)
+    elif is_new and config.model.base_weights:
+        log.info("%s", load_base_weights(dit, config.model.base_weights))
+    earlier = (handed_over.codec if handed_over else None) if is_new else run_dir / CODEC
+    codec = open_codec(config.model, earlier, clips, config.seed)
+    caption_encoder = open_caption_encoder(config.model)
+    check_parts(dit, codec, caption_encoder)
+    if is_new and rank_zero_only.rank == 0:
+        save_own_parts(config.model, run_dir, codec, caption_encoder)
+        write_provenance(
+            run_dir, stage=config.stage.name, preset=config.model.preset, handed_over=handed_over
+        )
+    return StoryModule(
+        dit,
+        codec,
+        caption_encoder,
+        stage=config.stage,
+        optimizer=config.optimizer,
+        ema=config.ema,
+        sigma_shift=config.model.sigma_shift,
+        seed=config.seed,
+        cache_latents=config.data.cache_latents,
+    )
+
+
+def build_callbacks(
+    config: RunStageConfig, stop: StopFlag, resume_from: Checkpoint | None, sample_clips: ClipIndex
+) -> list[Callback]:
+    run_dir = Path(config.run_dir)
+    metrics = MetricsLog(run_dir, config.log_every_n_steps)
+    callbacks = [metrics]
+    if config.samples.every_n_steps:
+        stories = read_sample_stories(sample_clips, config.samples.num_stories)
+        callbacks.append(StorySamples(run_dir, config.samples, stories, metrics))
+    callbacks.append(
+        RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset, resume_from=resume_from)
+    )
+    if config.trainer.get("enable_progress_bar", True):
+        callbacks.append(StageProgress(config.stage.name, metrics))
+    return callbacks
+
+
+def build_loader(
+    config: RunStageConfig, module: StoryModule, clips: ClipIndex, trainer: L.Trainer, first_step: int
+) -> PlannedLoader:
+    """The batches from the module's position on, as many as the stage has left."""
+    if config.data.clips_per_batch < trainer.world_size:
+        raise ValueError(
+            f"data.clips_per_batch={config.data.clips_per_batch} gives {trainer.world_size} ranks nothing to do"
+        )
+    pixels_per_token = module.codec.spatial_stride * module.dit.config.patch_size[-1]
+    plan = partial(
+        plan_batch,
+        clips.num_tokens(pixels_per_token),
+        seed=config.seed,
+        stage=config.stage.name,
+        clips_per_batch=config.data.clips_per_batch,
+        max_tokens=config.data.max_tokens,
+        rank=trainer.global_rank,
+        world_size=trainer.world_size,
+    )
+    num_batches = (config.stage.steps - first_step) * trainer.accumulate_grad_batches
+    known = module.cache if module.cache is not None else {}
+    return PlannedLoader(
+        PlannedClips(clips, known), PlanSampler(plan, module.position, num_batches), config.data.num_workers
+    )
+
+
+def build_logger(config: RunStageConfig) -> Logger | bool:
+    run_dir = Path(config.run_dir)
+    if config.logger == "tensorboard":
+        return TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
+    if config.logger == "wandb":
+        # an id that the same run folder always gets, so that a resumed run continues its curves
+        run_id = f"{stable_hash('wandb', run_dir.resolve()):x}"
+        offline = not os.environ.get("WANDB_API_KEY")
+        return WandbLogger(
+            name=run_dir.name, id=run_id, save_dir=run_dir, project="storyanchors", offline=offline
+        )
+    return False
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
+    run(main, RunStageConfig, "run_stage")

@@ -1,0 +1,26 @@
+"""Stopping on purpose: SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the step in flight ends, then the run saves."""
+
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopFlag:
+    """Holds the first stop signal received; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def install(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: object) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+
+def ignore_stop_signals() -> None:
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,147 @@
+"""The training step of the story frame model, as a LightningModule that holds only the StoryDiT and its average.
+
+Legend: B clips of this rank, F story frames, C latent channels, H W latent size, L caption tokens.
+"""
+
+import logging
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from storyanchors.conditioning import stack_condition_channels
+from storyanchors.dit import StoryDiT
+from storyanchors.flow import add_noise, flow_loss, velocity
+from train.checkpoints import Checkpoint
+from train.ema import Ema, EmaConfig
+from train.loader import ClipBatch, LoadedClip
+from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
+from train.parts import CaptionEncoder, Codec
+from train.stage import ClipDraw, StageConfig, draw_clip, draw_noise
+
+log = logging.getLogger(__name__)
+
+
+class NonFiniteGradients(ValueError):
+    """The gradients of several steps in a row were not finite."""
+
+
+class StoryModule(L.LightningModule):
+    """codec and caption_encoder are plain objects: frozen, not saved, never seen by the optimizer or the strategy."""
+
+    def __init__(
+        self,
+        dit: StoryDiT,
+        codec: Codec,
+        caption_encoder: CaptionEncoder,
+        *,
+        stage: StageConfig,
+        optimizer: OptimizerConfig,
+        ema: EmaConfig,
+        sigma_shift: float,
+        seed: int,
+        cache_latents: bool,
+    ):
+        super().__init__()
+        self.dit = dit
+        self.codec = codec
+        self.caption_encoder = caption_encoder
+        self.stage = stage
+        self.optimizer_config = optimizer
+        self.ema = Ema(dit.named_parameters(), ema.decay)
+        self.sigma_shift = sigma_shift
+        self.seed = seed
+        self.position = 0  # in the data plan, counted in clips
+        self.skipped_in_a_row = 0
+        self.num_skipped = 0
+        self.grad_norm = torch.zeros(())
+        self.batch_keys: list[str] = []
+        self.cache: dict[str, Tensor] | None = {} if cache_latents else None
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Everything of a checkpoint that is this module's own."""
+        state = checkpoint.state
+        self.dit.load_state_dict(checkpoint.weights("model"))
+        self.ema.load_state_dict(checkpoint.weights("ema"), state.num_ema_updates)
+        self.position = state.position
+        self.skipped_in_a_row, self.num_skipped = state.skipped_in_a_row, state.num_skipped
+
+    def on_fit_start(self) -> None:
+        self.codec.to(self.device, torch.float32)
+        self.caption_encoder.to(self.device, torch.float32)
+        self.ema.to(self.device)
+
+    def transfer_batch_to_device(
+        self, batch: ClipBatch, device: torch.device, dataloader_idx: int
+    ) -> ClipBatch:
+        return batch  # the step moves what it needs
+
+    def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
+        self.position = batch.next_position
+        self.batch_keys = [clip.key for clip in batch.clips]
+
+    def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
+        draws = [self.draw(clip) for clip in batch.clips]
+        sigmas = torch.stack([draw.sigma for draw in draws]).to(self.device)  # (B,)
+        cond_masks = [draw.cond_mask.to(self.device) for draw in draws]  # B x (F,)
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            latents = [self.encode_frames(clip) for clip in batch.clips]  # B x (F, C, H, W)
+            texts = self.caption_encoder.encode([draw.caption for draw in draws])  # B x (L, text_dim)
+            captions = [text.to(self.device) for text in texts]
+        noise = [draw_noise(clip, draw.noise_seed) for clip, draw in zip(latents, draws, strict=True)]
+        noisy = [add_noise(*clip) for clip in zip(latents, noise, sigmas, strict=True)]
+        inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, cond_masks, strict=True)]
+        prediction = self.dit(inputs, 1000 * sigmas, [draw.conditions for draw in draws], captions)
+        target = [velocity(*clip) for clip in zip(latents, noise, strict=True)]
+        loss = flow_loss(prediction, target, cond_masks)
+        # every clip weighs 1 / num_global_clips, however the ranks share them; DDP averages over ranks
+        return loss * (len(batch.clips) * self.trainer.world_size / batch.num_global_clips)
+
+    def draw(self, clip: LoadedClip) -> ClipDraw:
+        return draw_clip(
+            self.stage,
+            seed=self.seed,
+            epoch=clip.epoch,
+            key=clip.key,
+            captions=clip.captions,
+            conditions=clip.conditions,
+            num_frames=clip.conditions.num_frames,
+            sigma_shift=self.sigma_shift,
+        )
+
+    def encode_frames(self, clip: LoadedClip) -> Tensor:
+        """(F, C, H, W), from memory where the clip is cached."""
+        if self.cache is not None and clip.key in self.cache:
+            return self.cache[clip.key]
+        latents = self.codec.encode(clip.frames.to(self.device)).float()
+        if self.cache is not None:
+            self.cache[clip.key] = latents
+        return latents
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.dit, self.optimizer_config, self.stage.lr_scale)
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm) -> None:
+        """Clips, and drops gradients that are not finite: the weights and their moments then stay as they are."""
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.dit.parameters(), self.optimizer_config.clip_norm
+        )
+        if torch.isfinite(self.grad_norm):
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        self.num_skipped += 1
+        found = f"gradient norm {self.grad_norm.item()} at step {self.global_step}, clips {', '.join(self.batch_keys)}"
+        if self.skipped_in_a_row > self.optimizer_config.max_skipped:
+            raise NonFiniteGradients(
+                f"{self.skipped_in_a_row} steps in a row without a finite gradient (optimizer.max_skipped="
+                f"{self.optimizer_config.max_skipped}); the last: {found}"
+            )
+        log.warning("step skipped: %s", found)
+        optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
+        set_learning_rates(optimizer, lr_share(self.global_step, self.stage.steps, self.optimizer_config))
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.skipped_in_a_row == 0:
+            self.ema.update()
