@@ -123,7 +123,9 @@ def _read_description(text: str, cast: tuple[Subject, ...], line: str) -> FrameF
         actions.append(_read_clause(words, cast))
         words.take_all(",")
     if len(actions) == 2 and actions[0][0] >= actions[1][0]:
-        raise ValueError(f"{line}: subjects are named once each, from left to right, in the order of the subjects")
+        raise ValueError(
+            f"{line}: subjects are named once each, from left to right, in the order of the subjects"
+        )
     zoom = words.take(ZOOMS if len(actions) == 1 else ZOOMS[:-1])
     words.take_all("shot from the")
     pan = words.take(PANS)

@@ -15,7 +15,7 @@ from storyanchors.story_world.parser import ParsedFrame, ParsedSubject, parse_fr
 from storyanchors.story_world.world import FrameFacts, WorldStory
 
 # The scores, each with its value for flawless frames. That value also stands where a score is undefined: no
-# two frames of different events, no subject asked for twice, no given frame whose caption says something else.
+# two frames of different events, no subject asked for twice, no given frame whose caption says otherwise.
 FLAWLESS = {
     "pfa_f1": 1.0,
     "subject_consistency": 1.0,
@@ -52,7 +52,7 @@ def score_stories(
     - event_accuracy: of all events, the frame's scene and actions are nearest to its own event's
     - event_order_tau, scene_order_tau: Kendall, over pairs of frames of different events: +1 where the events
       (the scenes) that they show are in order, -1 where reversed, 0 where equal or unreadable
-    - scene_diversity_gap, shot_diversity_gap: |exp(entropy) of what is shown - exp(entropy) of what was asked|
+    - scene_diversity_gap, shot_diversity_gap: |exp(entropy) of those shown - exp(entropy) of those asked|
     - legal_rmse: distance to the nearest frame that the world can draw, in RGB steps
     - copy_paste: the frame repeats scene, zoom and actions of a given frame whose caption says otherwise
 
