@@ -119,7 +119,7 @@ def read_json(file: Path) -> dict:
 
 
 def _downloaded(reference: str, part: str) -> Path:
-    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+))?", reference)
+    match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w./-]+))?", reference)
     if match is None:
         raise ValueError(f"found no folder {reference}")
     repository, subfolder = match.groups()
@@ -154,7 +154,7 @@ def _checkpoint_files(path: str | Path) -> tuple[list[Path], dict]:
 def _safetensors_files(folder: Path) -> list[Path]:
     files, indices = sorted(folder.glob("*.safetensors")), sorted(folder.glob("*.safetensors.index.json"))
     if indices:
-        files = [folder / name for name in sorted(set(read_json(indices[0])["weight_map"].values()))]
+        files = [folder / name for name in sorted(set(read_json(indices[0]).get("weight_map", {}).values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which {indices[0].name} names")
     elif len(files) != 1:

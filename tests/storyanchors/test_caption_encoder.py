@@ -1,0 +1,110 @@
+import json
+import types
+
+import pytest
+import torch
+from diffusers import WanPipeline
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from storyanchors.caption_encoder import Umt5Encoder, WordEncoder, _cleaned, load_caption_encoder
+
+TEXTS = [
+    "[1-2] the square stands in the forest.\nthe square waits",
+    "",
+    "  the\u00a0square &amp;amp; the\t\tforest ",
+    "the forest " * 100,
+]
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Umt5Encoder:
+    """Random weights of UMT5's shape and a tokenizer of its kind: a unigram model that ends a text with </s>."""
+    words = [
+        "\u2581the",
+        "\u2581square",
+        "\u2581in",
+        "\u2581forest",
+        "\u2581",
+        *"abcdefghijklmnopqrstuvwxyz[].-12&",
+    ]
+    vocabulary = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *((word, -len(words) / len(word)) for word in words),
+    ]
+    sizes = dict(d_model=32, d_kv=8, num_heads=4, d_ff=48, num_layers=2)
+    torch.manual_seed(0)
+    model = UMT5EncoderModel(UMT5Config(vocab_size=len(vocabulary), **sizes))
+    return Umt5Encoder(model, T5Tokenizer(vocab=vocabulary, extra_ids=0))
+
+
+def test_embeddings_are_those_that_diffusers_feeds_to_wan(encoder):
+    pipeline = types.SimpleNamespace(tokenizer=encoder.tokenizer, text_encoder=encoder.model)
+    expected = WanPipeline._get_t5_prompt_embeds(pipeline, TEXTS, max_sequence_length=512, device="cpu")
+    torch.testing.assert_close(torch.stack(encoder.encode(TEXTS)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_behind_the_last_token_are_zero_and_the_others_are_not(encoder):
+    for text, embedding in zip(TEXTS, encoder.encode(TEXTS), strict=True):
+        num_tokens = encoder.count_tokens(text)
+        assert embedding.shape == (512, encoder.text_dim) == (encoder.max_tokens, 32)
+        assert embedding[:num_tokens].any(dim=1).all()
+        assert not embedding[num_tokens:].any()
+    assert encoder.count_tokens("") == 1
+
+
+def test_an_embedding_does_not_depend_on_its_neighbours(encoder):
+    together = encoder.encode(TEXTS)
+    for text, embedding in zip(TEXTS, together, strict=True):
+        torch.testing.assert_close(encoder.encode([text])[0], embedding, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "text", ["a  b\n\n c", "&amp;lt; &quot;x&quot;", "schÃ¶n", "\u2018a\u2019\u2026", "\ufb01ne \x07bell", ""]
+)
+def test_texts_are_cleaned_as_wan_cleans_them(text):
+    assert _cleaned(text) == prompt_clean(text)
+
+
+def test_a_caption_that_does_not_fit_is_never_cut_in_silence(encoder):
+    longest, too_long = "the " * 511, "the " * 512
+    assert encoder.count_tokens(longest) == 512
+    assert encoder.encode([longest])[0].any(dim=1).all()
+    with pytest.raises(ValueError, match="the caption has 513 tokens, at most 512 can be encoded: 'the the"):
+        encoder.encode(["", too_long])
+
+
+def test_the_encoder_is_frozen_and_the_same_under_autocast(encoder):
+    (embedding,) = encoder.encode(TEXTS[:1])
+    assert not embedding.requires_grad
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder.encode(TEXTS[:1])[0], embedding)
+
+
+def test_a_saved_encoder_comes_back_in_its_dtype(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    again = load_caption_encoder(tmp_path)
+    assert isinstance(again, Umt5Encoder)
+    assert all(torch.equal(a, b) for a, b in zip(again.encode(TEXTS), encoder.encode(TEXTS), strict=True))
+    again.to(dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load_caption_encoder(tmp_path / "half").encode([""])[0].dtype == torch.bfloat16
+
+
+def test_the_folder_names_the_class(tmp_path):
+    WordEncoder().save_pretrained(tmp_path)
+    assert isinstance(load_caption_encoder(tmp_path), WordEncoder)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(
+        ValueError, match="names neither a WordEncoder nor a umt5 model: None, model_type 'bert'"
+    ):
+        load_caption_encoder(tmp_path)
+
+
+def test_pickled_weights_are_not_read(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    torch.save(encoder.model.state_dict(), tmp_path / "text_encoder" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load_caption_encoder(tmp_path)

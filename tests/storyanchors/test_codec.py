@@ -1,0 +1,129 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from storyanchors.codec import PcaCodec, WanCodec, load_codec
+
+EXACT = dict(atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def vae_folder(vae: AutoencoderKLWan, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline") / "vae"
+    vae.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def codec(vae_folder: Path) -> WanCodec:
+    return WanCodec.from_pretrained(vae_folder)
+
+
+def random_frames(num_frames: int, height: int = 48, width: int = 32, seed: int = 0) -> Tensor:
+    return torch.rand(num_frames, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@torch.no_grad()
+def encode_alone(vae: AutoencoderKLWan, frame: Tensor) -> Tensor:
+    """The unfolded VAE on a one-frame clip, and the normalisation of diffusers' Wan pipelines."""
+    mean, std = (torch.tensor(v)[:, None, None] for v in (vae.config.latents_mean, vae.config.latents_std))
+    return (vae.encode(frame[None, :, None]).latent_dist.mode()[0, :, 0] - mean) / std
+
+
+@torch.no_grad()
+def decode_alone(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (vae.config.latents_mean, vae.config.latents_std))
+    return vae.decode((latents * std + mean)[None, :, None]).sample[0, :, 0]
+
+
+def test_frames_encode_to_what_the_unfolded_vae_gives_for_each_alone(codec, vae):
+    frames = random_frames(3)
+    latents = codec.encode(frames)
+    assert latents.shape == (3, 16, 6, 4) == (3, codec.latent_channels, 48 // 8, 32 // codec.spatial_stride)
+    torch.testing.assert_close(latents, torch.stack([encode_alone(vae, frame) for frame in frames]), **EXACT)
+
+
+def test_latents_decode_to_what_the_unfolded_vae_gives_for_each_alone(codec, vae):
+    latents = torch.randn(3, 16, 4, 6, generator=torch.Generator().manual_seed(0))
+    frames = codec.decode(latents)
+    assert frames.shape == (3, 3, 32, 48)
+    torch.testing.assert_close(frames, torch.stack([decode_alone(vae, x) for x in latents]), **EXACT)
+    assert frames.abs().max() == 1  # these weights go beyond it: the clamp is at work
+
+
+def test_batches_bound_the_memory_and_change_nothing(codec, monkeypatch):
+    frames = random_frames(5)
+    latents = codec.encode(frames)
+    monkeypatch.setattr(WanCodec, "PIXELS_PER_BATCH", 2 * 48 * 32)
+    torch.testing.assert_close(codec.encode(frames), latents, **EXACT)
+    torch.testing.assert_close(codec.decode(latents)[4:], codec.decode(latents[4:]), **EXACT)
+
+
+def test_autocast_does_not_reach_into_the_codec(codec):
+    frames = random_frames(1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        latents = codec.encode(frames)
+        decoded = codec.decode(latents)
+    assert torch.equal(latents, codec.encode(frames))
+    assert torch.equal(decoded, codec.decode(latents))
+
+
+def test_the_codec_is_frozen(codec):
+    assert not codec.encode(random_frames(1).requires_grad_()).requires_grad
+
+
+def test_only_what_single_frames_need_is_kept_and_saved(codec, vae, tmp_path):
+    frames = random_frames(2)
+    codec.save_pretrained(tmp_path)
+    again = load_codec(tmp_path)
+    assert torch.equal(again.encode(frames), codec.encode(frames))
+    assert torch.equal(again.decode(codec.encode(frames)), codec.decode(codec.encode(frames)))
+    unfolded = sum(parameter.numel() for parameter in vae.parameters())
+    assert (
+        sum(tensor.numel() for tensor in load_file(tmp_path / "codec.safetensors").values()) < 0.45 * unfolded
+    )
+
+
+def test_a_published_pipeline_folder_is_read(vae_folder):
+    assert isinstance(load_codec(vae_folder.parent), WanCodec)
+
+
+@pytest.mark.parametrize("size", [(44, 32), (32, 20)])
+def test_sizes_that_would_lose_pixels_are_refused(codec, size):
+    with pytest.raises(ValueError, match=r"multiples of 8, found \(1, 3, "):
+        codec.encode(random_frames(1, *size))
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"is_residual": True}, "is not the VAE of Wan 2.1"),
+        ({"num_res_blocks": 2}, "do not fit its config.json"),
+        ({"_class_name": "AutoencoderKL"}, "names the class 'AutoencoderKL', expected one of"),
+    ],
+)
+def test_another_vae_is_refused(vae, tmp_path, config, message):
+    vae.save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(content | config))
+    with pytest.raises(ValueError, match=message):
+        load_codec(tmp_path)
+
+
+def test_a_missing_tensor_is_named(vae_folder, tmp_path):
+    tensors = load_file(vae_folder / "diffusion_pytorch_model.safetensors")
+    del tensors["decoder.conv_in.bias"]
+    save_file(tensors, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias"):
+        WanCodec.from_pretrained(tmp_path)
+
+
+def test_the_folder_of_a_pca_codec_is_told_apart(tmp_path):
+    PcaCodec.fit(random_frames(4)).save_pretrained(tmp_path)
+    assert isinstance(load_codec(tmp_path), PcaCodec)

@@ -1,0 +1,255 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.weights import load_base_weights, part_folder
+
+PATCH = "patch_embedding.weight"
+
+
+@pytest.fixture
+def dit(config: StoryDiTConfig) -> StoryDiT:
+    torch.manual_seed(1)
+    return StoryDiT(config)
+
+
+@pytest.fixture
+def wan_folder(wan: WanTransformer3DModel, tmp_path: Path) -> Path:
+    wan.save_pretrained(tmp_path / "wan")
+    return tmp_path / "wan"
+
+
+def check_holds(dit: StoryDiT, tensors: dict[str, Tensor]) -> None:
+    """Every parameter of dit is that of the base model, or one of the new parts at its start."""
+    for name, parameter in dit.state_dict().items():
+        if name == PATCH:
+            assert torch.equal(parameter[:, :4], tensors[PATCH])
+            assert not parameter[:, 4:].any()
+        elif not name.startswith("story_embedder."):
+            assert torch.equal(parameter, tensors[name]), name
+
+
+def rewrite(folder: Path, change, file: str = "diffusion_pytorch_model.safetensors") -> None:
+    tensors = load_file(folder / file)
+    change(tensors)
+    save_file(tensors, folder / file)
+
+
+# What is read
+
+
+def test_a_diffusers_folder_is_loaded_and_every_tensor_accounted_for(dit, wan, wan_folder):
+    with torch.no_grad():
+        dit.patch_embedding.weight[:, 4:] = 7  # columns that are not the base model's go, whatever they were
+    report = load_base_weights(dit, wan_folder)
+    check_holds(dit, wan.state_dict())
+    assert report.loaded == sorted(wan.state_dict().keys() - {PATCH})
+    assert report.expanded == [PATCH]
+    assert report.new == sorted(name for name in dit.state_dict() if name.startswith("story_embedder."))
+    assert report.unexpected == []
+    assert (
+        str(report) == f"{wan_folder}: {len(report.loaded)} tensors loaded, 1 expanded, {len(report.new)} new"
+    )
+
+
+def test_shards_and_a_pipeline_folder_are_read(dit, wan, tmp_path):
+    wan.save_pretrained(tmp_path / "transformer", max_shard_size="60KB")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    load_base_weights(dit, tmp_path)
+    check_holds(dit, wan.state_dict())
+
+
+def original_layout(wan: WanTransformer3DModel) -> dict[str, Tensor]:
+    """wan's tensors under the authors' names; diffusers' own converter confirms that they are theirs."""
+    pairs = {
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "proj_out": "head.head",
+        "attn1.": "self_attn.", "attn2.": "cross_attn.",
+        "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "to_out.0.": "o.",
+        ".norm2.": ".norm3.", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+    }  # fmt: skip
+    tensors = {}
+    for name, tensor in wan.state_dict().items():
+        for ours, theirs in pairs.items():
+            name = name.replace(ours, theirs)
+        head = "head.modulation" if name == "scale_shift_table" else name
+        tensors[head.replace("scale_shift_table", "modulation")] = tensor.clone()
+    converted = convert_wan_transformer_to_diffusers(dict(tensors))
+    assert converted.keys() == wan.state_dict().keys()
+    assert all(torch.equal(converted[name], tensor) for name, tensor in wan.state_dict().items())
+    return tensors
+
+
+def test_the_original_layout_is_read(dit, wan, tmp_path):
+    save_file(original_layout(wan), tmp_path / "diffusion_pytorch_model.safetensors")
+    their_config = {
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "dim": 64,
+        "num_heads": 2,
+        "num_layers": 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(their_config))
+    report = load_base_weights(dit, tmp_path)
+    check_holds(dit, wan.state_dict())
+    assert report.expanded == [PATCH] and report.unexpected == []
+
+
+def test_a_bundled_file_is_read_and_its_other_parts_are_left_alone(dit, wan, tmp_path):
+    tensors = {f"model.diffusion_model.{name}": tensor for name, tensor in original_layout(wan).items()}
+    save_file(tensors | {"vae.conv1.weight": torch.zeros(1)}, tmp_path / "wan.safetensors")
+    report = load_base_weights(dit, tmp_path / "wan.safetensors")
+    check_holds(dit, wan.state_dict())
+    assert report.unexpected == ["vae.conv1.weight"]
+    assert "1 of other parts left alone" in str(report)
+
+
+def test_our_own_folder_comes_back_exactly(dit, config, tmp_path):
+    for parameter in dit.parameters():
+        torch.nn.init.normal_(parameter)
+    dit.save_pretrained(tmp_path / "transformer")
+    other = StoryDiT(config)
+    report = load_base_weights(other, tmp_path)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in dit.state_dict().items())
+    assert (report.expanded, report.new, report.unexpected) == ([], [], [])
+
+
+def test_weights_take_the_networks_dtype(config, wan, wan_folder):
+    dit = StoryDiT(config).to(torch.bfloat16)
+    load_base_weights(dit, wan_folder)
+    check_holds(dit, {name: tensor.bfloat16() for name, tensor in wan.state_dict().items()})
+
+
+# What is refused, with the reason; the network stays as it was
+
+
+def cut_file(folder: Path) -> None:
+    file = folder / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def only_a_pickle(folder: Path) -> None:
+    (folder / "diffusion_pytorch_model.safetensors").rename(folder / "diffusion_pytorch_model.bin")
+
+
+def other_heads(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"num_attention_heads": 4, "attention_head_dim": 16})
+    )
+
+
+def other_shape(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"blocks.1.attn1.to_q.bias": torch.zeros(63)}))
+
+
+def image_to_video(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({PATCH: torch.zeros(64, 12, 1, 2, 2)}))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda f: rewrite(f, lambda t: t.pop("blocks.2.ffn.net.2.bias")),
+            "blocks.2.ffn.net.2.bias is missing",
+        ),
+        (lambda f: rewrite(f, lambda t: t.update(extra=torch.zeros(1))), "extra has no place in StoryDiT"),
+        (other_shape, r"blocks.1.attn1.to_q.bias has shape \[63\], expected \[64\]"),
+        (image_to_video, r"12 input channels, expected 4 \(the base model\) or 9 \(a StoryDiT\)"),
+        (
+            lambda f: rewrite(f, lambda t: t.pop(PATCH)),
+            f"holds no {PATCH}, expected the transformer of Wan 2.1",
+        ),
+        (other_heads, "num_attention_heads is 4, expected 2; attention_head_dim is 16, expected 32"),
+        (cut_file, "is not a complete safetensors file"),
+        (only_a_pickle, r"pickles are not read\); it holds \['config.json', 'diffusion_pytorch_model.bin'\]"),
+        (lambda f: (f / "config.json").unlink(), "found no config.json in"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not JSON"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(dit, wan_folder, spoil, message):
+    spoil(wan_folder)
+    before = {name: tensor.clone() for name, tensor in dit.state_dict().items()}
+    with pytest.raises(ValueError, match=message) as error:
+        load_base_weights(dit, wan_folder)
+    assert str(wan_folder) in str(error.value)
+    assert all(torch.equal(tensor, dit.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_another_size_names_the_fields_and_the_preset_that_fits(dit, tmp_path):
+    StoryDiT(StoryDiTConfig.preset("tiny")).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"num_layers is 6, expected 3.*\(it fits the preset tiny\)"):
+        load_base_weights(dit, tmp_path)
+
+
+def test_one_shard_too_few_is_named(dit, wan, tmp_path):
+    wan.save_pretrained(tmp_path, max_shard_size="60KB")
+    second = sorted(tmp_path.glob("*.safetensors"))[1]
+    second.unlink()
+    with pytest.raises(ValueError, match=f"lacks {second.name}, which .*index.json names"):
+        load_base_weights(dit, tmp_path)
+
+
+def test_an_incomplete_folder_of_ours_is_not_taken_for_a_base_model(dit, tmp_path):
+    dit.save_pretrained(tmp_path)
+    rewrite(tmp_path, lambda t: t.pop("story_embedder.fps.linear_1.weight"))
+    with pytest.raises(ValueError, match=r"story_embedder.fps.linear_1.weight is missing"):
+        load_base_weights(dit, tmp_path)
+
+
+def test_a_network_without_memory_is_refused(config, wan_folder):
+    with torch.device("meta"):
+        dit = StoryDiT(config)
+    with pytest.raises(ValueError, match="meta device"):
+        load_base_weights(dit, wan_folder)
+
+
+def test_a_pickled_file_is_not_opened(dit, tmp_path):
+    torch.save({}, tmp_path / "wan.pth")
+    with pytest.raises(
+        ValueError, match=r"wan.pth is not a .safetensors file; pickled checkpoints are not read"
+    ):
+        load_base_weights(dit, tmp_path / "wan.pth")
+
+
+def test_another_part_of_the_pipeline_is_not_taken_for_the_transformer(dit, vae: AutoencoderKLWan, tmp_path):
+    vae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="expected the transformer of Wan 2.1 or a StoryDiT"):
+        load_base_weights(dit, tmp_path)
+
+
+@pytest.mark.parametrize("reference", ["/no/such/folder", "./folder", "folder", "a/../b"])
+def test_a_folder_that_is_not_there_is_not_asked_for_on_the_hub(reference):
+    with pytest.raises(ValueError, match="found no folder"):
+        part_folder(reference, "vae")
+
+
+@pytest.mark.parametrize("reference", ["maker/wan", "maker/wan/transformer"])
+def test_a_hub_id_is_looked_up_in_the_cache_without_a_network(dit, wan, tmp_path, monkeypatch, reference):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    revision = "0" * 40
+    wan.save_pretrained(tmp_path / "models--maker--wan" / "snapshots" / revision / "transformer")
+    (tmp_path / "models--maker--wan" / "refs").mkdir()
+    (tmp_path / "models--maker--wan" / "refs" / "main").write_text(revision)
+    load_base_weights(dit, reference)
+    check_holds(dit, wan.state_dict())
+
+
+def test_a_hub_id_that_is_not_to_be_had_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match="nobody/nothing is neither a folder nor a repository"):
+        part_folder("nobody/nothing", "vae")
