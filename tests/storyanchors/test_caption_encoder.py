@@ -19,7 +19,7 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def encoder() -> Umt5Encoder:
-    """Random weights of UMT5's shape and a tokenizer of its kind: a unigram model that ends a text with </s>."""
+    """Random weights of UMT5's shape and a tokenizer of its kind: unigrams, </s> at the end of a text."""
     words = [
         "\u2581the",
         "\u2581square",

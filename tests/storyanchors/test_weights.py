@@ -226,7 +226,7 @@ def test_a_pickled_file_is_not_opened(dit, tmp_path):
 
 def test_another_part_of_the_pipeline_is_not_taken_for_the_transformer(dit, vae: AutoencoderKLWan, tmp_path):
     vae.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected the transformer of Wan 2.1 or a StoryDiT"):
+    with pytest.raises(ValueError, match=r"expected the transformer of Wan 2\.1 or a StoryDiT"):
         load_base_weights(dit, tmp_path)
 
 
