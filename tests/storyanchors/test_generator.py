@@ -1,0 +1,238 @@
+import dataclasses
+import json
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from storyanchors.caption_encoder import WordEncoder
+from storyanchors.codec import PcaCodec
+from storyanchors.conditioning import ClipConditions
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.generator import MODEL_FILE, StoryGenerator, read_story_model, save_story_model
+from storyanchors.story import Event, Story
+
+SIZE = (16, 24)
+INFO = {"frame_size": list(SIZE), "num_steps": 3, "guidance_scale": 2.0, "shift": 1.5}
+
+
+def picture(seed, size=SIZE):
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def story_of(num_frames, text="a fox runs"):
+    return Story(
+        [Event(1, 1, text), *(Event(n, n, f"{text} {n}") for n in range(2, num_frames + 1))], ["a fox"]
+    )
+
+
+@pytest.fixture(scope="module")
+def parts():
+    torch.manual_seed(0)
+    config = StoryDiTConfig(2, 12, 2, 32, WordEncoder.text_dim, latent_channels=4, freq_dim=32)
+    dit = StoryDiT(config).eval()
+    with torch.no_grad():  # a trained model's mask, conditions and frame numbers matter
+        for parameter in dit.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return dit, PcaCodec.fit(torch.rand(8, 3, *SIZE) * 2 - 1, latent_channels=4), WordEncoder()
+
+
+@pytest.fixture(scope="module")
+def generator(parts):
+    return StoryGenerator(*parts, frame_size=SIZE, num_steps=3, guidance_scale=2.0, shift=1.5)
+
+
+@contextmanager
+def recorded_forwards(dit):
+    """The arguments of every forward of the network."""
+    calls = []
+    hook = dit.register_forward_pre_hook(lambda _, args: calls.append(args))
+    yield calls
+    hook.remove()
+
+
+def pixels(frames):
+    return np.stack([np.asarray(frame) for frame in frames]).astype(int)
+
+
+def test_a_story_becomes_its_number_of_frames_in_the_size_of_the_model(generator):
+    frames = generator.generate(story_of(4), progress=False)
+    assert [(frame.size, frame.mode) for frame in frames] == [((24, 16), "RGB")] * 4
+    larger = generator.generate(story_of(2), num_frames=5, height=32, width=8, progress=False)
+    assert [frame.size for frame in larger] == [(8, 32)] * 5
+
+
+@pytest.mark.parametrize("numbers", [{1}, {4}, {1, 4}, {2, 3}, {1, 2, 4}])
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_given_frames_come_back_untouched(generator, numbers, sampler):
+    given = {number: picture(number) for number in numbers}
+    frames = generator.generate(story_of(4), given=given, sampler=sampler, progress=False)
+    for number in numbers:
+        assert frames[number - 1].tobytes() == given[number].tobytes()
+
+
+def test_same_seed_same_frames_and_another_seed_others(generator):
+    first, again, other = (generator.generate(story_of(3), seed=seed, progress=False) for seed in (7, 7, 8))
+    np.testing.assert_array_equal(pixels(first), pixels(again))
+    assert np.abs(pixels(first) - pixels(other)).mean() > 1
+
+
+def test_the_global_random_state_neither_matters_nor_changes(generator):
+    torch.manual_seed(1)
+    first = generator.generate(story_of(2), progress=False)
+    after = torch.rand(1)
+    torch.manual_seed(1)
+    torch.testing.assert_close(torch.rand(1), after)
+    np.testing.assert_array_equal(pixels(first), pixels(generator.generate(story_of(2), progress=False)))
+
+
+def test_a_batch_of_different_stories_equals_one_by_one(generator):
+    stories = [story_of(2), story_of(5, "a red bird"), story_of(3, "snow")]
+    given = [{}, {1: picture(1), 4: picture(2)}, {3: picture(3)}]
+    batch = generator.generate_many(stories, given=given, seed=40, progress=False)
+    for index, (story, frames) in enumerate(zip(stories, batch, strict=True)):
+        alone = generator.generate(story, given=given[index], seed=40 + index, progress=False)
+        assert np.abs(pixels(frames) - pixels(alone)).max() <= 1
+
+
+def test_what_is_given_the_text_and_the_conditions_matter(generator):
+    plain = pixels(generator.generate(story_of(3), progress=False))
+    for changed in (
+        generator.generate(story_of(3), given={1: picture(1)}, progress=False),
+        generator.generate(story_of(3), given={2: picture(1)}, progress=False),
+        generator.generate(story_of(3, "rain"), progress=False),
+        generator.generate(story_of(3), caption="rain", progress=False),
+        generator.generate(story_of(3), conditions=ClipConditions(fps=24.0), progress=False),
+        generator.generate(story_of(3), guidance_scale=3.0, progress=False),
+    ):
+        assert np.abs(pixels(changed)[2] - plain[2]).max() > 0
+
+
+def test_frames_that_are_not_given_have_zero_condition_channels(generator):
+    with recorded_forwards(generator.dit) as forwards:
+        generator.generate(story_of(3), given={2: picture(1)}, progress=False)
+    assert [len(inputs) for inputs, *_ in forwards] == [2, 2, 2]  # with and without caption in one forward
+    clips = [clip for inputs, *_ in forwards for clip in inputs]
+    for clip in clips:
+        _, cond, mask = clip.split([4, 4, 1], dim=1)
+        assert mask[:, 0].flatten(1).eq(torch.tensor([[0.0], [1.0], [0.0]])).all()
+        assert not cond[[0, 2]].any() and cond[1].any()
+        assert cond.equal(clips[0][:, 4:8])
+
+
+def test_guidance_of_one_is_the_conditional_model_alone(generator):
+    with recorded_forwards(generator.dit) as forwards:
+        alone = generator.generate(story_of(2), guidance_scale=1.0, progress=False)
+        nearly = generator.generate(story_of(2), guidance_scale=1.0 + 1e-9, progress=False)
+    assert [len(inputs) for inputs, *_ in forwards] == [1, 1, 1, 2, 2, 2]
+    assert np.abs(pixels(alone) - pixels(nearly)).max() <= 1
+
+
+def test_known_conditions_are_kept_and_sizes_filled_in(generator):
+    with recorded_forwards(generator.dit) as forwards:
+        generator.generate(story_of(3), conditions=ClipConditions(frame_interval=69), progress=False)
+    seen = {condition for _, _, conditions, _ in forwards for condition in conditions}
+    assert seen == {ClipConditions(frame_interval=69, height=16, width=24, num_frames=3)}
+
+
+def test_callback_sees_the_guess_of_the_latents_after_every_step(generator):
+    calls = []
+    generator.generate(
+        story_of(3), progress=False, callback=lambda step, latents: calls.append((step, latents))
+    )
+    assert [step for step, _ in calls] == [1, 2, 3]
+    assert all(len(latents) == 1 and latents[0].shape == (3, 4, 4, 6) for _, latents in calls)
+
+
+@pytest.mark.parametrize(
+    "arguments, found, expected",
+    [
+        ({"given": {0: picture(1)}}, "frame 0", "1..3"),
+        ({"given": {4: picture(1)}}, "frame 4", "1..3"),
+        ({"given": {"1": picture(1)}}, "'1'", "1..3"),
+        ({"given": {2: picture(1, (24, 24))}}, "24 x 24", "24 x 16"),
+        ({"given": {2: picture(1).convert("RGBA")}}, "RGBA", "RGB"),
+        ({"given": {n: picture(n) for n in (1, 2, 3)}}, "all 3 frames", "none to generate"),
+        ({"num_frames": 2}, "num_frames=2", "3 frames"),
+        ({"height": 20}, "height=20", "multiple of 8"),
+        ({"width": 0}, "width=0", "multiple of 8"),
+        ({"num_steps": 0}, "num_steps=0", "at least one"),
+        ({"guidance_scale": float("nan")}, "nan", "number"),
+        ({"guidance_scale": -1.0}, "-1.0", "from 0"),
+        ({"shift": 0.0}, "0.0", "above 0"),
+        ({"sampler": "ddim"}, "'ddim'", "euler, unipc"),
+        ({"seed": -1}, "-1", "below 0"),
+    ],
+)
+def test_bad_requests_say_what_was_found_and_expected(generator, arguments, found, expected):
+    with pytest.raises(ValueError) as error:
+        generator.generate(story_of(3), progress=False, **arguments)
+    assert found in str(error.value) and expected in str(error.value)
+
+
+def test_a_saved_model_gives_the_same_frames(parts, generator, tmp_path):
+    save_story_model(tmp_path / "model", *parts, info=INFO | {"preset": "test", "stage": "multi_event"})
+    loaded = StoryGenerator.from_pretrained(tmp_path / "model")
+    frames, again = (g.generate(story_of(3), progress=False) for g in (generator, loaded))
+    np.testing.assert_array_equal(pixels(frames), pixels(again))
+    assert read_story_model(tmp_path / "model")["stage"] == "multi_event"
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_in_bfloat16_gives_about_the_same_frames(parts, generator, tmp_path):
+    save_story_model(tmp_path / "model", *parts, info=INFO)
+    loaded = StoryGenerator.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    frames, half = (g.generate(story_of(3), progress=False) for g in (generator, loaded))
+    assert np.abs(pixels(frames) - pixels(half)).mean() < 8
+
+
+def test_parts_may_be_references(parts, generator, tmp_path):
+    parts[1].save_pretrained(tmp_path / "shared_codec")
+    info = INFO | {"codec": {"reference": str(tmp_path / "shared_codec")}}
+    save_story_model(tmp_path / "model", *parts, info=info)
+    assert not (tmp_path / "model" / "codec").exists()
+    loaded = StoryGenerator.from_pretrained(tmp_path / "model")
+    frames, again = (g.generate(story_of(2), progress=False) for g in (generator, loaded))
+    np.testing.assert_array_equal(pixels(frames), pixels(again))
+
+
+def test_saving_replaces_a_model_but_no_other_folder_and_leaves_nothing_half_written(parts, tmp_path):
+    save_story_model(tmp_path / "model", *parts, info=INFO)
+    save_story_model(tmp_path / "model", *parts, info=INFO | {"num_steps": 9})
+    assert read_story_model(tmp_path / "model")["num_steps"] == 9
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "diary.txt").write_text("mine")
+    with pytest.raises(ValueError, match="not empty"):
+        save_story_model(tmp_path / "notes", *parts, info=INFO)
+    broken = dataclasses.make_dataclass("Broken", [])()  # has no save_pretrained
+    with pytest.raises(AttributeError):
+        save_story_model(tmp_path / "model", parts[0], broken, parts[2], info=INFO | {"num_steps": 1})
+    assert read_story_model(tmp_path / "model")["num_steps"] == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes"]
+
+
+def test_broken_model_folders_are_named(parts, tmp_path):
+    with pytest.raises(OSError, match="has no story_model"):
+        StoryGenerator.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="num_steps"):
+        save_story_model(
+            tmp_path / "model", *parts, info={"frame_size": [8, 8], "guidance_scale": 1, "shift": 1}
+        )
+    save_story_model(tmp_path / "model", *parts, info=INFO)
+    info = tmp_path / "model" / MODEL_FILE
+    info.write_text("{")
+    with pytest.raises(ValueError, match="not JSON"):
+        StoryGenerator.from_pretrained(tmp_path / "model")
+    info.write_text(json.dumps({"schema_version": 99}))
+    with pytest.raises(ValueError, match="schema_version 99, expected 1"):
+        StoryGenerator.from_pretrained(tmp_path / "model")
+    save_story_model(tmp_path / "model", *parts, info=INFO | {"codec": {"reference": str(tmp_path / "none")}})
+    with pytest.raises((OSError, ValueError), match="none"):
+        StoryGenerator.from_pretrained(tmp_path / "model")
+    other = PcaCodec.fit(torch.rand(8, 3, *SIZE), latent_channels=6)
+    save_story_model(tmp_path / "model", parts[0], other, parts[2], info=INFO)
+    with pytest.raises(ValueError, match="latent_channels 6 for a network of 4"):
+        StoryGenerator.from_pretrained(tmp_path / "model")
