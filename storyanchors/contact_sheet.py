@@ -37,8 +37,8 @@ def draw_contact_sheet(
 ) -> Image.Image:
     """A page of numbered frames with the story's events as coloured bars under the frames they cover.
 
-    given are the numbers (from 1) of frames that were not generated; they are framed and labelled. The texts of
-    events stand in their bars; an event that goes on in the next row of frames is drawn there again.
+    given are the numbers (from 1) of frames that were not generated; they are framed and labelled.
+    An event that goes on in the next row of frames is drawn there again.
     """
     grid = _Grid(*_shown_size(frames[0].size))
     num_columns = ceil(len(frames) / ceil(len(frames) / grid.columns_of(PAGE_WIDTH_PX)))

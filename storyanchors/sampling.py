@@ -1,8 +1,8 @@
 """Samplers: from noise to latents along the velocity a network predicts. One signature for all of them.
 
-sampler(denoise, noise, sigmas, callback) -> latents, where denoise(latents, sigma) -> velocity has the shape of
-latents and sigmas run from 1 (noise) to 0 (data), as `flow.sampling_sigmas` makes them. Samplers act on every number
-alone, so clips of different shape are sampled together as one flat tensor that denoise splits; see `generator.py`.
+sampler(denoise, noise, sigmas, callback) -> latents, where denoise(latents, sigma) -> velocity has the shape
+of latents and sigmas run from 1 (noise) to 0 (data), as `flow.sampling_sigmas` makes them. Samplers treat
+every number alone, so clips of different shape are sampled as one flat tensor that denoise splits.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def euler(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | 
 def unipc(denoise: Denoise, noise: Tensor, sigmas: Tensor, callback: Callback | None = None) -> Tensor:
     """UniPC of order 2 (arXiv 2302.04867), the solver Wan is published with, through diffusers' scheduler.
 
-    The scheduler would shift sigmas again and look steps up by timesteps rounded to whole numbers; it is given ours.
+    The scheduler would shift sigmas again and look steps up by rounded timesteps; it is given ours instead.
     """
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=1.0
