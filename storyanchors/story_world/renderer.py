@@ -56,8 +56,8 @@ def render_frame(story: WorldStory, frame: FrameFacts | int, *, phase: float = 0
     columns = subject_columns(frame.zoom, frame.pan, len(frame.actions))
     for column, (index, action) in zip(columns, frame.actions, strict=True):
         subject = story.cast[index]
-        draw = _draw_subject if phase else part_shares
-        shares = draw(subject.shape, action, frame.zoom, column, phase)
+        pose = subject.shape, action, frame.zoom, column
+        shares = _draw_subject(*pose, phase) if phase else part_shares(*pose)
         canvas = canvas * (1 - shares.sum(-1, keepdims=True)) + shares @ part_colours(subject.colour)
     return np.rint(canvas).astype(np.uint8)
 
@@ -96,12 +96,12 @@ def part_colours(colour: str) -> np.ndarray:
 
 
 @cache
-def part_shares(shape: str, action: str, zoom: str, column: int, phase: float = 0.0) -> np.ndarray:
+def part_shares(shape: str, action: str, zoom: str, column: int) -> np.ndarray:
     """(H, W, P) float32: share of each part in each pixel, in sixteenths; the rest is background. Read-only.
 
     Kept for all 420 poses of story frames (34 MB).
     """
-    shares = _draw_subject(shape, action, zoom, column, phase)
+    shares = _draw_subject(shape, action, zoom, column, phase=0.0)
     shares.setflags(write=False)
     return shares
 
