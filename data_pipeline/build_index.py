@@ -3,8 +3,8 @@
 python data_pipeline/build_index.py dataset=DATASET captions=RUN
 python data_pipeline/build_index.py dataset=DATASET captions=RUN stories=FOLDER
 
-With stories=FOLDER, <name of a video>.story.yaml becomes the caption of the one clip of that video, in captions
-run RUN, which is written anew each time.
+With stories=FOLDER, <name of a video>.story.yaml becomes the caption of the one clip of that video, in
+captions run RUN, which is written anew each time.
 """
 
 import io

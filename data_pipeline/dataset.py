@@ -1,7 +1,7 @@
 """The folder of a dataset: what every writer of one does the same way (docs/data_format.md).
 
-One process at a time writes into a dataset. It records first what it is going to write (dataset.json), so that
-a later run either continues exactly that or is refused with what differs.
+One process at a time writes into a dataset. It first records what it is going to write (dataset.json), so
+that a later run either continues exactly that or is refused with what differs.
 """
 
 import fcntl

@@ -62,7 +62,7 @@ class WriteStoryWorldConfig:
         within = all(MIN_FRAMES <= bound <= MAX_FRAMES for bound in self.num_frames)
         if len(self.num_frames) != 2 or self.num_frames[0] > self.num_frames[1] or not within:
             raise ValueError(
-                f"num_frames is [fewest, most] within {MIN_FRAMES} to {MAX_FRAMES}, found {list(self.num_frames)}"
+                f"num_frames is [fewest, most], {MIN_FRAMES} to {MAX_FRAMES}, found {list(self.num_frames)}"
             )
         for name in ("clips_per_shard", "workers"):
             value = getattr(self, name)
