@@ -9,6 +9,8 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from storyanchors.caption_encoder import Umt5Encoder, WordEncoder, _cleaned, load_caption_encoder
 
+# Umt5Encoder
+
 TEXTS = [
     "[1-2] the square stands in the forest.\nthe square waits",
     "",
@@ -108,3 +110,35 @@ def test_pickled_weights_are_not_read(encoder, tmp_path):
     torch.save(encoder.model.state_dict(), tmp_path / "text_encoder" / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_caption_encoder(tmp_path)
+
+
+# WordEncoder: [word | words before it | frames of its line], 64 numbers each
+
+
+def test_words_keep_their_vectors_wherever_they_stand():
+    encoder = WordEncoder()
+    one, other = encoder.encode(["the red square", "Square of red"])
+    assert torch.equal(one[1, :64], other[2, :64]) and torch.equal(one[2, :64], other[0, :64])
+    assert not torch.equal(one[1, :64], one[2, :64])
+
+
+def test_the_words_before_fade_by_half():
+    (rows,) = WordEncoder().encode(["a red square"])
+    torch.testing.assert_close(rows[2, 64:128], rows[1, :64] + 0.5 * rows[0, :64])
+    assert not rows[0, 64:128].any()
+
+
+def test_a_range_is_the_sum_of_its_frames_and_only_on_its_line():
+    encoder = WordEncoder()
+    span, *frames = encoder.encode(["[3-5] runs", "[3] runs", "[4] runs", "[5] runs"])
+    torch.testing.assert_close(span[-1, 128:], sum(rows[-1, 128:] for rows in frames))
+    (rows,) = encoder.encode(["Subjects:\n[2] runs"])
+    assert not rows[:2, 128:].any() and rows[2:, 128:].any()
+
+
+def test_words_are_counted_as_they_are_encoded():
+    encoder = WordEncoder()
+    for text in ["", "\n", "Video Style: flat.\n\n[1-2] a cat, 3 dogs", "\u5728\u68ee\u6797\u91cc"]:
+        assert encoder.encode([text])[0].shape == (encoder.count_tokens(text), encoder.text_dim)
+    with pytest.raises(ValueError, match="has 4097 words, at most 4096"):
+        encoder.encode(["word " * 4097])

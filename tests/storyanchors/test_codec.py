@@ -127,3 +127,46 @@ def test_a_missing_tensor_is_named(vae_folder, tmp_path):
 def test_the_folder_of_a_pca_codec_is_told_apart(tmp_path):
     PcaCodec.fit(random_frames(4)).save_pretrained(tmp_path)
     assert isinstance(load_codec(tmp_path), PcaCodec)
+
+
+# PcaCodec
+
+
+def smooth_frames(num_frames: int) -> Tensor:
+    return torch.nn.functional.interpolate(random_frames(num_frames, 4, 4), (32, 48), mode="bicubic").clamp(
+        -1, 1
+    )
+
+
+def test_pca_with_every_component_loses_nothing():
+    frames = random_frames(4)
+    codec = PcaCodec.fit(frames, latent_channels=48)
+    torch.testing.assert_close(codec.decode(codec.encode(frames)), frames, **EXACT)
+
+
+def test_pca_latents_have_unit_variance_and_the_papers_channels():
+    frames = smooth_frames(16)
+    codec = PcaCodec.fit(frames)
+    latents = codec.encode(frames)
+    assert (
+        latents.shape == (16, codec.latent_channels, 32 // codec.spatial_stride, 48 // 4) == (16, 16, 8, 12)
+    )
+    assert latents.square().mean().item() == pytest.approx(1, abs=1e-4)
+    assert (codec.decode(latents) - frames).square().mean() < 1e-3  # 16 of 48 numbers carry smooth frames
+
+
+def test_pca_decoding_loses_nothing_of_the_latents():
+    codec = PcaCodec.fit(smooth_frames(16))
+    latents = 0.1 * torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(codec.encode(codec.decode(latents)), latents, atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_pca_codec_gives_the_same_latents(tmp_path):
+    codec = PcaCodec.fit(smooth_frames(4))
+    codec.save_pretrained(tmp_path)
+    assert torch.equal(load_codec(tmp_path).encode(random_frames(2)), codec.encode(random_frames(2)))
+
+
+def test_pca_refuses_sizes_that_would_lose_pixels():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        PcaCodec.fit(random_frames(2)).encode(random_frames(1, 30, 32))
