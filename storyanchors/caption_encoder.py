@@ -138,10 +138,14 @@ class Umt5Encoder:
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> "Umt5Encoder":
         """Reads text_encoder/ and tokenizer/ of a pipeline's folder or of a Hub id, in the stored dtype."""
+        tokenizer_folder = part_folder(reference, "tokenizer")
+        if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+            # transformers would make up a vocabulary of a few words
+            raise ValueError(f"found no tokenizer.json or spiece.model in {tokenizer_folder}")
         model = UMT5EncoderModel.from_pretrained(
             part_folder(reference, "text_encoder"), dtype="auto", use_safetensors=True
         )
-        return cls(model, AutoTokenizer.from_pretrained(part_folder(reference, "tokenizer")))
+        return cls(model, AutoTokenizer.from_pretrained(tokenizer_folder))
 
 
 def _cleaned(text: str) -> str:

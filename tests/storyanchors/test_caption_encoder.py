@@ -104,6 +104,13 @@ def test_the_folder_names_the_class(tmp_path):
         load_caption_encoder(tmp_path)
 
 
+def test_a_vocabulary_is_never_made_up(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"found no tokenizer\.json or spiece\.model in .*tokenizer"):
+        load_caption_encoder(tmp_path)
+
+
 def test_pickled_weights_are_not_read(encoder, tmp_path):
     encoder.save_pretrained(tmp_path)
     (tmp_path / "text_encoder" / "model.safetensors").unlink()
