@@ -1,0 +1,134 @@
+"""Scores a model on held-out stories of the story world, exactly and without a network as judge.
+
+python infer/score_story_world.py weights=MODEL num_stories=200 mode=text_to_story out=SCORES.json
+
+mode says which frames are given: text_to_story none, continue the first, edit all but one, infill the first
+and the last. Scores count generated frames only and are printed beside those of the true frames.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from omegaconf import MISSING
+from PIL import Image
+from tqdm import tqdm
+
+from conf.command import run
+from infer.story_run import ModelConfig, hash_weights, load_generator
+from storyanchors.conditioning import ClipConditions
+from storyanchors.generator import StoryGenerator
+from storyanchors.story_world import WorldStory, render_frame, sample_story, score_stories, to_story
+
+HELD_OUT = 1_000_000_000  # write_story_world's stories have smaller seeds, up to its seed=99
+MODES = ("text_to_story", "continue", "edit", "infill")
+CAPTIONS = ("multi_event", "global")
+UNDEFINED = {  # scores without a meaning: no given frame to copy, no two generated frames to compare
+    "text_to_story": {"copy_paste"},
+    "edit": {"event_order_tau", "scene_order_tau", "scene_diversity_gap", "shot_diversity_gap"},
+}
+
+
+@dataclass
+class ScoreStoryWorldConfig(ModelConfig):
+    num_stories: int = MISSING
+    mode: str = MISSING
+    caption: str = MISSING
+    num_frames: int | None = None  # None draws 6 to 8
+    seed: int = 0  # of the noise; the stories are always the same
+    batch: int = MISSING  # stories per forward
+    out: str | None = None
+
+
+def main(config: ScoreStoryWorldConfig) -> None:
+    if config.mode not in MODES:
+        raise ValueError(f"unknown mode {config.mode!r}, expected one of {', '.join(MODES)}")
+    if config.caption not in CAPTIONS:
+        raise ValueError(f"unknown caption {config.caption!r}, expected one of {', '.join(CAPTIONS)}")
+    if min(config.num_stories, config.batch) < 1:
+        raise ValueError(f"num_stories={config.num_stories} and batch={config.batch} must be at least 1")
+    generator = load_generator(config)
+    stories = [sample_story(HELD_OUT + i, num_frames=config.num_frames) for i in range(config.num_stories)]
+    truth = [_true_frames(story) for story in stories]
+    given = [given_numbers(config.mode, story.num_frames, index) for index, story in enumerate(stories)]
+    frames = list(_generate(config, generator, stories, truth, given))
+    print(f"scoring {sum(map(len, frames))} frames, and as many true ones", flush=True)
+    scores = {
+        name: {
+            metric: value
+            for metric, value in score_stories(shown, stories, given=given).items()
+            if metric not in UNDEFINED.get(config.mode, ())
+        }
+        for name, shown in (("model", frames), ("truth", truth))
+    }
+    print(format_table(scores))
+    if config.out:
+        record = {**asdict(config), "weights_sha256": hash_weights(Path(config.weights)), "scores": scores}
+        _write_whole(Path(config.out), json.dumps(record, indent=2) + "\n")
+
+
+def given_numbers(mode: str, num_frames: int, index: int) -> set[int]:
+    """The frames that are given to story number index; edit leaves out each position in turn."""
+    match mode:
+        case "continue":
+            return {1}
+        case "edit":
+            return set(range(1, num_frames + 1)) - {index % num_frames + 1}
+        case "infill":
+            return {1, num_frames}
+    return set()
+
+
+def _true_frames(story: WorldStory) -> list[Image.Image]:
+    return [Image.fromarray(render_frame(story, number)) for number in range(1, story.num_frames + 1)]
+
+
+def _generate(
+    config: ScoreStoryWorldConfig,
+    generator: StoryGenerator,
+    world_stories: list[WorldStory],
+    truth: list[list[Image.Image]],
+    given: list[set[int]],
+) -> Iterator[list[Image.Image]]:
+    stories = [to_story(story) for story in world_stories]
+    conditions = ClipConditions(config.fps, config.frame_interval, config.motion)
+    with tqdm(total=len(stories), desc=config.mode, unit="story") as bar:
+        for start in range(0, len(stories), config.batch):
+            part = range(start, min(start + config.batch, len(stories)))
+            yield from generator.generate_many(
+                [stories[i] for i in part],
+                given=[{number: truth[i][number - 1] for number in given[i]} for i in part],
+                conditions=[conditions] * len(part),
+                captions=[stories[i].global_caption for i in part] if config.caption == "global" else None,
+                num_steps=config.num_steps,
+                guidance_scale=config.guidance_scale,
+                shift=config.shift,
+                sampler=config.sampler,
+                seed=config.seed + start,
+                progress=False,
+            )
+            bar.update(len(part))
+
+
+def format_table(columns: dict[str, dict[str, float]]) -> str:
+    """Aligned rows of numbers, one per score and one column per name."""
+    names = list(next(iter(columns.values())))
+    width = max(map(len, names))
+    lines = [" " * width + "".join(f"{title:>10}" for title in columns)]
+    lines += [
+        f"{name:<{width}}" + "".join(f"{column[name]:>10.3f}" for column in columns.values())
+        for name in names
+    ]
+    return "\n".join(lines)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    run(main, ScoreStoryWorldConfig, "score_story_world")
