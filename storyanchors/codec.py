@@ -130,7 +130,7 @@ class WanCodec:
             return second(first(x.unsqueeze(2))).squeeze(2).contiguous()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "WanCodec":
-        self.vae.to(device=device, dtype=dtype)
+        nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own warns of an empty list of modules
         self.mean, self.std = self.mean.to(device, dtype), self.std.to(device, dtype)
         return self
 
