@@ -210,8 +210,8 @@ class StoryGenerator:
         """Latents (F, C, h, w) of every clip. All clips are one flat tensor to the sampler."""
         both = guidance_scale != 1
         texts = [clip.caption for clip in clips]
-        captions = self.caption_encoder.encode(texts + [""] * len(clips) if both else texts)
-        captions = [caption.to(self.device) for caption in captions]
+        *captions, no_caption = (c.to(self.device) for c in self.caption_encoder.encode([*texts, ""]))
+        captions += [no_caption] * len(clips) if both else []
         conditions = [clip.conditions for clip in clips] * (2 if both else 1)
         shapes = [clip.noise.shape for clip in clips]
 

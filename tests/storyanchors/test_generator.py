@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from storyanchors.caption_encoder import WordEncoder
-from storyanchors.codec import PcaCodec
+from storyanchors.codec import PcaCodec, WanCodec
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import MODEL_FILE, StoryGenerator, read_story_model, save_story_model
@@ -197,6 +198,20 @@ def test_parts_may_be_references(parts, generator, tmp_path):
     loaded = StoryGenerator.from_pretrained(tmp_path / "model")
     frames, again = (g.generate(story_of(2), progress=False) for g in (generator, loaded))
     np.testing.assert_array_equal(pixels(frames), pixels(again))
+
+
+def test_wans_codec_fits_in(vae, tmp_path):
+    config = StoryDiTConfig(2, 12, 1, 32, WordEncoder.text_dim, latent_channels=16, freq_dim=32)
+    save_story_model(
+        tmp_path / "model", StoryDiT(config), WanCodec(copy.deepcopy(vae)), WordEncoder(), info=INFO
+    )
+    generator = StoryGenerator.from_pretrained(tmp_path / "model")
+    given = {2: picture(2, (32, 48))}
+    frames = generator.generate(story_of(3), height=32, width=48, given=given, progress=False)
+    assert [frame.size for frame in frames] == [(48, 32)] * 3
+    assert frames[1].tobytes() == given[2].tobytes()
+    with pytest.raises(ValueError, match="multiple of 16"):
+        generator.generate(story_of(3), height=40, width=48, progress=False)
 
 
 def test_saving_replaces_a_model_but_no_other_folder_and_leaves_nothing_half_written(parts, tmp_path):
