@@ -200,7 +200,7 @@ class StoryBlock(nn.Module):
         x_ND = _gated_residual(x_ND, self.attn1(h_ND, h_ND, lengths, lengths, rope), gate1, lengths)
         norm2 = self.norm2
         h_ND = F.layer_norm(x_ND.float(), norm2.normalized_shape, norm2.weight.float(), norm2.bias.float(), self.eps)
-        x_ND = x_ND + self.attn2(h_ND.to(x_ND.dtype), caption_LD, lengths, caption_lengths)
+        x_ND = x_ND + self.attn2(h_ND.to(_compute_dtype(x_ND)), caption_LD, lengths, caption_lengths)
         h_ND = _modulated_norm(x_ND, shift3, scale3, lengths, self.eps)
         return _gated_residual(x_ND, self.ffn(h_ND), gate3, lengths)
 
@@ -227,8 +227,8 @@ class Attention(nn.Module):
         rope: Tensor | None = None,
     ) -> Tensor:
         split_heads = lambda y: y.unflatten(-1, (self.num_heads, -1))  # noqa: E731
-        q_NAK = split_heads(self.norm_q(self.to_q(x_ND)))
-        k_MAK = split_heads(self.norm_k(self.to_k(context_MD)))
+        q_NAK = split_heads(_rms_norm(self.to_q(x_ND), self.norm_q))
+        k_MAK = split_heads(_rms_norm(self.to_k(context_MD), self.norm_k))
         v_MAK = split_heads(self.to_v(context_MD))
         if rope is not None:
             q_NAK, k_MAK = _rotate(q_NAK, rope), _rotate(k_MAK, rope)
@@ -348,10 +348,18 @@ class Float32Linear(nn.Linear):
             return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """What the next products will be computed in: one cast here instead of one in each of them under autocast."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _modulated_norm(x_ND: Tensor, shift_BD: Tensor, scale_BD: Tensor, lengths: list[int], eps: float) -> Tensor:
-    """LayerNorm without weights, then (1 + scale) x + shift by clip, computed in float32."""
+    """LayerNorm without weights, then (1 + scale) x + shift by clip, computed in float32, for the next products."""
     normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
-    return _by_clip(torch.addcmul, shift_BD, normed, 1 + scale_BD, lengths).to(x_ND.dtype)
+    # slices, not a gather by segment id: the gather's backward adds rows one by one, in bf16 with 4e-2 error
+    parts = zip(shift_BD, normed.split(lengths), 1 + scale_BD, strict=True)
+    return torch.cat([torch.addcmul(shift, x, scale) for shift, x, scale in parts]).to(_compute_dtype(x_ND))
 
 
 def _gated_residual(x_ND: Tensor, y_ND: Tensor, gate_BD: Tensor, lengths: list[int]) -> Tensor:
@@ -360,10 +368,10 @@ def _gated_residual(x_ND: Tensor, y_ND: Tensor, gate_BD: Tensor, lengths: list[i
     return torch.cat([torch.addcmul(x, y, gate) for x, y, gate in parts]).to(x_ND.dtype)
 
 
-def _by_clip(op, first_BD: Tensor, x_ND: Tensor, second_BD: Tensor, lengths: list[int]) -> Tensor:
-    # slices, not a gather by segment id: the gather's backward adds rows one by one, in bf16 with 4e-2 error
-    parts = zip(first_BD, x_ND.split(lengths), second_BD, strict=True)
-    return torch.cat([op(first, x, second) for first, x, second in parts])
+def _rms_norm(x_ND: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """RMSNorm in float32, as Wan computes it; the result stays float32 for RoPE."""
+    x_ND = x_ND.float()
+    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
 
 
 def _rotate(x_NAK: Tensor, rope: Tensor) -> Tensor:
