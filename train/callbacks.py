@@ -1,4 +1,4 @@
-"""What happens around the training step: checkpoints and stopping, numbers in metrics.jsonl, the progress bar."""
+"""What happens around the training step: checkpoints and stopping, metrics.jsonl, the progress bar."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class RunCheckpoints(Callback):
-    """Restores a checkpoint when training starts; saves on schedule, at the end, and when a signal asks to stop.
+    """Restores a checkpoint when training starts; saves on schedule, at the end, and when asked to stop.
 
     Lightning's own checkpoints are not used: they are pickles, and they are not marked as complete.
     """
@@ -105,7 +105,7 @@ class RunCheckpoints(Callback):
 
 
 class MetricsLog(Callback):
-    """metrics.jsonl: one JSON line of means every n steps; a resumed run continues it without a step twice."""
+    """metrics.jsonl: a JSON line of means every n steps; a resumed run continues it without a step twice."""
 
     def __init__(self, run_dir: Path, every_n_steps: int):
         self.path = run_dir / "metrics.jsonl"

@@ -1,8 +1,8 @@
 """Checkpoints of a run: folders that exist whole or not at all.
 
-checkpoints/step_00001000/ is written under another name, its files are synced to disk, then MANIFEST.json with their
-sizes and SHA-256, then the folder gets its name. `latest` is computed, never a link. Weights are safetensors; the
-optimizer's state is a torch file, read with weights_only=True and only from our own run folders.
+checkpoints/step_00001000/ is written under another name, its files are synced to disk, then MANIFEST.json
+with their sizes and SHA-256, then the folder gets its name. The latest is computed, never a link. Weights are
+safetensors; the optimizer's state is a torch file, read with weights_only=True.
 """
 
 import hashlib
@@ -81,7 +81,10 @@ def write_checkpoint(
     optimizer: dict,
     dit_config: dict,
 ) -> Checkpoint:
-    """Writes checkpoints/step_<step>, whole or not at all; OSError, for instance when the disk is full, leaves the others."""
+    """Writes checkpoints/step_<step>, whole or not at all.
+
+    The older checkpoints stay as they are when that fails, for instance because the disk is full (OSError).
+    """
     folder = run_dir / "checkpoints" / f"step_{state.step:08d}"
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -103,7 +106,7 @@ def write_checkpoint(
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
-    """The newest complete checkpoint; every newer one that is not complete is named in the log with its fault."""
+    """The newest complete checkpoint; newer ones with a fault are named in the log."""
     folders = sorted((run_dir / "checkpoints").glob("step_*"), reverse=True)
     for folder in folders:
         fault = find_fault(folder)

@@ -1,6 +1,7 @@
 """The clips of a dataset as rows of its index.parquet: which may be trained on, and where their bytes lie."""
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,10 +75,15 @@ class ClipIndex:
         return tuple(ClipIndex(self.dataset, self.table.filter(pa.array(part))) for part in (~mask, mask))
 
     def num_tokens(self, pixels_per_token: int) -> np.ndarray:
-        """Video tokens (N,) of every clip; a token covers pixels_per_token x pixels_per_token pixels of a frame."""
+        """Video tokens (N,) of every clip; a token covers a square of that many pixels on a side."""
         columns = (self.table[name].to_numpy() for name in ("num_frames", "height", "width"))
         frames, height, width = (column.astype(np.int64) for column in columns)
         return frames * (height // pixels_per_token) * (width // pixels_per_token)
+
+    def common_frame_size(self) -> tuple[int, int]:
+        """(height, width) of most clips, in pixels."""
+        sizes = zip(self.table["height"].to_pylist(), self.table["width"].to_pylist(), strict=True)
+        return Counter(sizes).most_common(1)[0][0]
 
     def row(self, number: int) -> ClipRow:
         values = {name: self.table[name][number].as_py() for name in self.table.column_names}

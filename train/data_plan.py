@@ -1,8 +1,8 @@
-"""Which clips are in the batch at a position: pure functions of (index, seed, stage, position), with no state.
+"""Which clips are in the batch at a position: pure functions of (index, seed, stage, position).
 
-The epochs of a stage form one endless stream of clips, each epoch a seeded shuffle of all of them. A position is a
-place in that stream, counted in clips: it is all that a checkpoint keeps of the data, whatever the number of ranks and
-workers. Nothing is dropped: a batch may run over the border between two epochs.
+The epochs of a stage form one endless stream of clips, each epoch a seeded shuffle of all of them. A position
+is a place in that stream, counted in clips: it is all that a checkpoint keeps of the data, whatever the
+number of ranks and workers. Nothing is dropped: a batch may run over the border between two epochs.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ class PlannedClip:
 
 @dataclass(frozen=True)
 class PlannedBatch:
-    """The clips that one rank reads of a global batch, and where the global batch begins and ends in the stream."""
+    """The clips that one rank reads of a global batch, and where that batch begins and ends in the stream."""
 
     clips: tuple[PlannedClip, ...]
     start: int
@@ -57,8 +57,8 @@ def plan_batch(
 ) -> PlannedBatch:
     """The global batch that begins at a position, and this rank's share of it.
 
-    num_tokens (N,) holds the tokens of every clip of the index. A batch ends after clips_per_batch clips, or before the
-    clip that would bring it over max_tokens, but not before it has one clip for every rank.
+    num_tokens (N,) holds the tokens of every clip of the index. A batch ends after clips_per_batch clips, or
+    before the clip that would bring it over max_tokens, but not before it has one clip for every rank.
     """
     clips, tokens = [], 0
     while len(clips) < clips_per_batch:

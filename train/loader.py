@@ -1,13 +1,13 @@
 """Batches of clips read by offset from frame shards, in the order of the data plan.
 
-A clip's bytes are read with pread, so nothing is unpacked and no tar is walked; every payload's checksum is compared with
-the index before it is decoded. The loader has no state: the plan's position decides what comes next.
+A clip's bytes are read with pread, so nothing is unpacked and no tar is walked; every payload's checksum is
+compared with the index before it is decoded. The loader has no state: the plan's position says what is next.
 """
 
 import os
 import time
 import zlib
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,16 +33,10 @@ class DataConfig:
     max_tokens: int | None = None  # a batch ends earlier where it would have more video tokens
     holdout: float = 0.02  # share of the source videos that is never trained on
     num_workers: int = 2
-    cache_latents: bool = False  # keep encoded clips in memory; for data sets that fit
 
     def __post_init__(self):
         if self.clips_per_batch < 1:
             raise ValueError(f"data.clips_per_batch is {self.clips_per_batch}, expected at least 1")
-        if self.cache_latents and self.num_workers:
-            raise ValueError(
-                f"data.cache_latents needs data.num_workers=0, found {self.num_workers}: "
-                "workers do not see what is cached"
-            )
         if not 0 <= self.holdout < 1:
             raise ValueError(f"data.holdout is {self.holdout}, expected at least 0 and below 1")
 
@@ -51,7 +45,7 @@ class DataConfig:
 class LoadedClip:
     key: str
     epoch: int
-    frames: Tensor | None  # (F, 3, H, W) in [-1, 1]; None where the latents are at hand
+    frames: Tensor  # (F, 3, H, W) in [-1, 1]
     conditions: ClipConditions
     captions: dict[str, str]  # by kind, those that the clip has
 
@@ -124,9 +118,8 @@ class ClipReader:
 class PlannedClips(Dataset):
     """What the workers run: a planned batch -> its clips, or the error that stopped them, as a value."""
 
-    def __init__(self, index: ClipIndex, known_latents: Container[str] = ()):
+    def __init__(self, index: ClipIndex):
         self.index = index
-        self.known_latents = known_latents  # keys of clips whose frames need not be read again
         self.reader = ClipReader(index.dataset)
 
     def __getitem__(self, planned: PlannedBatch) -> ClipBatch | OSError | ValueError:
@@ -141,8 +134,7 @@ class PlannedClips(Dataset):
 
     def _load(self, number: int, epoch: int) -> LoadedClip:
         row = self.index.row(number)
-        is_known = row.key in self.known_latents
-        frames = None if is_known else frames_to_tensor(self.reader.frames(row))
+        frames = frames_to_tensor(self.reader.frames(row))
         record = self.reader.caption(row)
         texts = {
             "global": record.global_caption,
@@ -172,7 +164,7 @@ class PlanSampler(Sampler[PlannedBatch]):
 
 
 class PlannedLoader:
-    """Iterates batches in the order of the sampler, whatever the number of workers, and times the wait for each."""
+    """Iterates batches in the sampler's order, whatever the number of workers, and times each wait."""
 
     def __init__(self, clips: PlannedClips, sampler: PlanSampler, num_workers: int):
         self.loader = DataLoader(

@@ -72,12 +72,13 @@ def build_dit(config: ModelConfig, seed: int) -> StoryDiT:
     return dit
 
 
-def open_codec(config: ModelConfig, earlier: Path | None, index: ClipIndex, seed: int) -> Codec:
-    """The codec that the config refers to; for pca the one of an earlier folder, else one fitted on the clips."""
-    if config.codec != FITTED_CODEC:
-        return load_codec(config.codec)
-    if earlier is not None:
-        return load_codec(earlier)
+def open_codec(config: ModelConfig, fitted: Path) -> Codec:
+    """The codec that the config refers to; for pca the one that an earlier run has saved."""
+    return load_codec(fitted if config.codec == FITTED_CODEC else config.codec)
+
+
+def fit_codec(config: ModelConfig, index: ClipIndex, seed: int) -> PcaCodec:
+    """A codec for the story frames of these clips."""
     return PcaCodec.fit(_first_frames(index, config.pca_frames, seed))
 
 
@@ -95,7 +96,7 @@ def check_parts(dit: StoryDiT, codec: Codec, caption_encoder: CaptionEncoder) ->
 
 
 def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_encoder: CaptionEncoder) -> None:
-    """Writes the parts that were made here to the run folder; those that are references stay where they are."""
+    """Writes the parts that were made here to the run folder; references stay where they are."""
     if config.codec == FITTED_CODEC:
         with output_folder(run_dir / CODEC, made_with="config.json") as folder:
             codec.save_pretrained(folder)
@@ -105,7 +106,7 @@ def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_enc
 
 
 def _first_frames(index: ClipIndex, num_frames: int, seed: int) -> Tensor:
-    """About num_frames story frames (N, 3, H, W) of shuffled clips, cut to the smallest height and width among them."""
+    """About num_frames story frames (N, 3, H, W) of shuffled clips, cut to their least height and width."""
     reader, clips = ClipReader(index.dataset), []
     for number in epoch_order(len(index), seed, "codec", 0):
         clips.append(frames_to_tensor(reader.frames(index.row(int(number)))))

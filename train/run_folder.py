@@ -32,7 +32,7 @@ MAY_CHANGE = (
     "samples",
     "trainer",
 )
-MAY_CHANGE_INSIDE = ("data.dataset", "data.num_workers", "data.cache_latents", "model.base_weights")
+MAY_CHANGE_INSIDE = ("data.dataset", "data.num_workers", "model.base_weights", "stage.steps")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,28 @@ def write_settings(run_dir: Path, settings: dict[str, Any]) -> None:
     write_text(run_dir / CONFIG, yaml.safe_dump(settings, sort_keys=False))
 
 
-def write_provenance(run_dir: Path, *, stage: str, preset: str, handed_over: HandedOver | None) -> None:
+def read_settings(run_dir: Path) -> dict[str, Any]:
+    if not (run_dir / CONFIG).is_file():
+        raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG}")
+    return yaml.safe_load((run_dir / CONFIG).read_text())
+
+
+def write_provenance(
+    run_dir: Path,
+    *,
+    stage: str,
+    preset: str,
+    frame_size: tuple[int, int],
+    handed_over: HandedOver | None,
+) -> None:
+    """frame_size: (height, width) in pixels that the network has seen most of."""
+    run_dir.mkdir(parents=True, exist_ok=True)
     provenance = {
         "schema_version": 1,
         "tool_version": version("storyanchors"),
         "stage": stage,
         "preset": preset,
+        "frame_size": list(frame_size),
         "init_from": handed_over.source if handed_over else None,
         "history": handed_over.history if handed_over else [],
     }

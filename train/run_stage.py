@@ -7,6 +7,7 @@ python train/run_stage.py stage=continuation model=tiny data.dataset=DATASET run
 
 import logging
 import os
+import warnings
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,11 @@ from train.loader import DataConfig, PlannedClips, PlannedLoader, PlanSampler
 from train.optimizer import OptimizerConfig
 from train.parts import (
     CODEC,
+    FITTED_CODEC,
     ModelConfig,
     build_dit,
     check_parts,
+    fit_codec,
     open_caption_encoder,
     open_codec,
     save_own_parts,
@@ -54,7 +57,7 @@ log = logging.getLogger(__name__)
 LOGGERS = ("none", "tensorboard", "wandb")
 SET_BY_US = (
     "max_steps", "max_epochs", "callbacks", "logger", "strategy", "default_root_dir", "enable_checkpointing",
-    "use_distributed_sampler", "gradient_clip_val",
+    "use_distributed_sampler", "log_every_n_steps", "gradient_clip_val",
 )  # fmt: skip
 
 
@@ -110,6 +113,7 @@ def main(config: RunStageConfig) -> None:
         default_root_dir=run_dir,
         enable_checkpointing=False,
         use_distributed_sampler=False,
+        log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
         **config.trainer,
     )
     trainer.fit(module, build_loader(config, module, train_clips, trainer, first_step))
@@ -143,14 +147,20 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         dit.load_state_dict(handed_over.weights)
     elif is_new and config.model.base_weights:
         log.info("%s", load_base_weights(dit, config.model.base_weights))
-    earlier = (handed_over.codec if handed_over else None) if is_new else run_dir / CODEC
-    codec = open_codec(config.model, earlier, clips, config.seed)
+    if is_new and not handed_over and config.model.codec == FITTED_CODEC:
+        codec = fit_codec(config.model, clips, config.seed)
+    else:
+        codec = open_codec(config.model, handed_over.codec if handed_over else run_dir / CODEC)
     caption_encoder = open_caption_encoder(config.model)
     check_parts(dit, codec, caption_encoder)
     if is_new and rank_zero_only.rank == 0:
         save_own_parts(config.model, run_dir, codec, caption_encoder)
         write_provenance(
-            run_dir, stage=config.stage.name, preset=config.model.preset, handed_over=handed_over
+            run_dir,
+            stage=config.stage.name,
+            preset=config.model.preset,
+            frame_size=clips.common_frame_size(),
+            handed_over=handed_over,
         )
     return StoryModule(
         dit,
@@ -161,7 +171,6 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         ema=config.ema,
         sigma_shift=config.model.sigma_shift,
         seed=config.seed,
-        cache_latents=config.data.cache_latents,
     )
 
 
@@ -188,7 +197,7 @@ def build_loader(
     """The batches from the module's position on, as many as the stage has left."""
     if config.data.clips_per_batch < trainer.world_size:
         raise ValueError(
-            f"data.clips_per_batch={config.data.clips_per_batch} gives {trainer.world_size} ranks nothing to do"
+            f"data.clips_per_batch={config.data.clips_per_batch} is too few for {trainer.world_size} ranks"
         )
     pixels_per_token = module.codec.spatial_stride * module.dit.config.patch_size[-1]
     plan = partial(
@@ -202,9 +211,8 @@ def build_loader(
         world_size=trainer.world_size,
     )
     num_batches = (config.stage.steps - first_step) * trainer.accumulate_grad_batches
-    known = module.cache if module.cache is not None else {}
     return PlannedLoader(
-        PlannedClips(clips, known), PlanSampler(plan, module.position, num_batches), config.data.num_workers
+        PlannedClips(clips), PlanSampler(plan, module.position, num_batches), config.data.num_workers
     )
 
 
@@ -224,5 +232,6 @@ def build_logger(config: RunStageConfig) -> Logger | bool:
 
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    warnings.filterwarnings("ignore", module="lightning")
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists
     run(main, RunStageConfig, "run_stage")

@@ -1,7 +1,7 @@
 """What a training stage is, and what it draws for a clip: caption, conditions, mask, sigma and noise.
 
-Every draw comes from generators keyed by (seed, stage, epoch, clip), never from the global one, so that a resumed run
-draws the same numbers again, on any number of ranks and workers.
+Every draw comes from generators keyed by (seed, stage, epoch, clip), never from the global one, so that a
+resumed run draws the same numbers again, on any number of ranks and workers.
 """
 
 from dataclasses import dataclass, field, replace

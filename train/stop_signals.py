@@ -1,4 +1,4 @@
-"""Stopping on purpose: SIGTERM, SIGUSR1 and Ctrl-C only set a flag; the step in flight ends, then the run saves."""
+"""Stopping on purpose: SIGTERM, SIGUSR1 and Ctrl-C set a flag; the step in flight ends, the run saves."""
 
 import signal
 

@@ -1,4 +1,4 @@
-"""The training step of the story frame model, as a LightningModule that holds only the StoryDiT and its average.
+"""The training step of the story frame model, as a LightningModule that holds only the StoryDiT.
 
 Legend: B clips of this rank, F story frames, C latent channels, H W latent size, L caption tokens.
 """
@@ -27,7 +27,7 @@ class NonFiniteGradients(ValueError):
 
 
 class StoryModule(L.LightningModule):
-    """codec and caption_encoder are plain objects: frozen, not saved, never seen by the optimizer or the strategy."""
+    """codec, caption_encoder and ema are plain objects: the optimizer and the strategy never see them."""
 
     def __init__(
         self,
@@ -40,7 +40,6 @@ class StoryModule(L.LightningModule):
         ema: EmaConfig,
         sigma_shift: float,
         seed: int,
-        cache_latents: bool,
     ):
         super().__init__()
         self.dit = dit
@@ -56,7 +55,6 @@ class StoryModule(L.LightningModule):
         self.num_skipped = 0
         self.grad_norm = torch.zeros(())
         self.batch_keys: list[str] = []
-        self.cache: dict[str, Tensor] | None = {} if cache_latents else None
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Everything of a checkpoint that is this module's own."""
@@ -68,7 +66,10 @@ class StoryModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.codec.to(self.device, torch.float32)
-        self.caption_encoder.to(self.device, torch.float32)
+        text_dtype = (
+            torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        )  # Wan runs its T5 in bfloat16
+        self.caption_encoder.to(self.device, text_dtype)
         self.ema.to(self.device)
 
     def transfer_batch_to_device(
@@ -85,7 +86,8 @@ class StoryModule(L.LightningModule):
         sigmas = torch.stack([draw.sigma for draw in draws]).to(self.device)  # (B,)
         cond_masks = [draw.cond_mask.to(self.device) for draw in draws]  # B x (F,)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            latents = [self.encode_frames(clip) for clip in batch.clips]  # B x (F, C, H, W)
+            frames = [clip.frames.to(self.device) for clip in batch.clips]
+            latents = [self.codec.encode(clip).float() for clip in frames]  # B x (F, C, H, W)
             texts = self.caption_encoder.encode([draw.caption for draw in draws])  # B x (L, text_dim)
             captions = [text.to(self.device) for text in texts]
         noise = [draw_noise(clip, draw.noise_seed) for clip, draw in zip(latents, draws, strict=True)]
@@ -109,20 +111,11 @@ class StoryModule(L.LightningModule):
             sigma_shift=self.sigma_shift,
         )
 
-    def encode_frames(self, clip: LoadedClip) -> Tensor:
-        """(F, C, H, W), from memory where the clip is cached."""
-        if self.cache is not None and clip.key in self.cache:
-            return self.cache[clip.key]
-        latents = self.codec.encode(clip.frames.to(self.device)).float()
-        if self.cache is not None:
-            self.cache[clip.key] = latents
-        return latents
-
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.dit, self.optimizer_config, self.stage.lr_scale)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm) -> None:
-        """Clips, and drops gradients that are not finite: the weights and their moments then stay as they are."""
+        """Clips, and drops gradients that are not finite: weights and moments then stay as they are."""
         self.grad_norm = torch.nn.utils.clip_grad_norm_(
             self.dit.parameters(), self.optimizer_config.clip_norm
         )
@@ -131,7 +124,8 @@ class StoryModule(L.LightningModule):
             return
         self.skipped_in_a_row += 1
         self.num_skipped += 1
-        found = f"gradient norm {self.grad_norm.item()} at step {self.global_step}, clips {', '.join(self.batch_keys)}"
+        keys = ", ".join(self.batch_keys)
+        found = f"gradient norm {self.grad_norm.item()} at step {self.global_step}, clips {keys}"
         if self.skipped_in_a_row > self.optimizer_config.max_skipped:
             raise NonFiniteGradients(
                 f"{self.skipped_in_a_row} steps in a row without a finite gradient (optimizer.max_skipped="

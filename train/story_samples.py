@@ -1,4 +1,4 @@
-"""Sample stories during training: held-out stories drawn with the averaged weights, as contact sheets a person can judge."""
+"""Sample stories during training: held-out stories drawn with the averaged weights, as contact sheets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
