@@ -177,6 +177,8 @@ def _single_line(text: str, what: str) -> str:
 
 def _event_from_dict(content: dict, number: int) -> Event:
     try:
+        if isinstance(content, dict):
+            content = _rejoin_commas(content)
         _check_keys(content, {"frames", "description"}, {"frames", "description"}, "an event")
         frames = content["frames"]
         if not isinstance(frames, list) or len(frames) != 2:
@@ -184,6 +186,18 @@ def _event_from_dict(content: dict, number: int) -> Event:
         return Event(frames[0], frames[1], content["description"])
     except ValueError as error:
         raise ValueError(f"event {number}: {error}") from error
+
+
+def _rejoin_commas(content: dict) -> dict:
+    """In YAML's {frames: [3, 3], description: She waits, alone} the comma makes "alone" a key without a value."""
+    keys = list(content)
+    if "description" not in keys or not isinstance(content["description"], str):
+        return content
+    rest = keys[keys.index("description") + 1 :]
+    while rest and content[rest[0]] is None and isinstance(rest[0], str):
+        content = {**content, "description": f"{content['description']}, {rest[0]}"}
+        del content[rest.pop(0)]
+    return content
 
 
 def _check_keys(content: dict, known: set[str], required: set[str], what: str) -> None:
