@@ -297,20 +297,17 @@ class StoryEmbedder(nn.Module):
         total = 0
         for name in SCALAR_CONDITIONS:
             values = [getattr(condition, name) for condition in conditions]
-            total = total + self._embed_known(name, values, lambda known, embed: embed(known), device)
+            total = total + self._embed_known(name, values, 0.0, lambda known, embed: embed(known), device)
         sizes = [None if c.height is None else (c.height, c.width) for c in conditions]
         both = lambda known, embed: embed(known.flatten()).unflatten(0, (-1, 2)).flatten(1)  # noqa: E731
-        return total + self._embed_known("resolution", sizes, both, device)
+        return total + self._embed_known("resolution", sizes, (0.0, 0.0), both, device)
 
-    def _embed_known(self, name: str, values: list, embed, device: torch.device) -> Tensor:
+    def _embed_known(self, name: str, values: list, unused, embed, device: torch.device) -> Tensor:
         known = torch.tensor([value is not None for value in values], device=device)
-        template = next((value for value in values if value is not None), None)
-        null = self.null[name].float().expand(len(values), -1)
-        if template is None:
-            return null
-        filled = [template if value is None else value for value in values]
+        filled = [unused if value is None else value for value in values]
         values_B = torch.tensor(filled, dtype=torch.float32, device=device)
-        return torch.where(known[:, None], embed(values_B, getattr(self, name)), null)
+        # both are computed whatever is known, so that every rank has a gradient for every parameter
+        return torch.where(known[:, None], embed(values_B, getattr(self, name)), self.null[name].float())
 
     def add_frame_numbers(self, x_ND: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
         if self.frame_number is None:
