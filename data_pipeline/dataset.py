@@ -80,8 +80,11 @@ def writing(dataset: Path, record: DatasetRecord) -> Iterator[None]:
 
     ValueError where the folder holds something else, was begun with another config, or is being written.
     """
-    dataset.mkdir(parents=True, exist_ok=True)
-    lock = os.open(dataset, os.O_RDONLY)
+    try:
+        dataset.mkdir(parents=True, exist_ok=True)
+        lock = os.open(dataset, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"{dataset} cannot be made a folder for the dataset: {error.strerror}") from error
     try:
         _lock(lock, dataset)
         if (dataset / RECORD_FILE).exists():

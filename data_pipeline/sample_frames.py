@@ -309,11 +309,13 @@ def _progress(num_videos: int, num_done: int) -> tqdm:
 @contextmanager
 def _stopping(out: Path) -> Iterator[None]:
     """Ctrl-C and SIGTERM stop between two files; nothing that is done is lost."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
         raise Stopped(f"{out} is not finished; the same command continues") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

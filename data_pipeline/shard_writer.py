@@ -87,7 +87,7 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
         self._path = folder / f"{name}.tar.tmp"
-        self._file = open(self._path, "wb")
+        self._file = open(self._path, "wb", buffering=0)  # a full disk is noticed where it happens
         self._sha256 = hashlib.sha256()
         self._entries: list[ClipEntry] = []
 
@@ -112,10 +112,8 @@ class ShardWriter:
     def finish(self, videos: list[VideoReport] | None = None) -> ShardMarker:
         """Makes the shard exist: tar, index, marker, each whole before the next one begins."""
         self._write(bytes(2 * _BLOCK))  # the end of a tar
-        self._file.flush()
         os.fsync(self._file.fileno())
         num_bytes = self._file.tell()
-        self._file.close()
         index = "".join(_json_line(entry) for entry in self._entries).encode()
         marker = ShardMarker(
             shard=self.name,
@@ -142,7 +140,12 @@ class ShardWriter:
         self._path.unlink(missing_ok=True)  # gone already after finish()
 
     def _write(self, content: bytes) -> None:
-        self._file.write(content)
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as full:
+            raise OSError(full.errno, full.strerror, str(self._path)) from full
         self._sha256.update(content)
 
 

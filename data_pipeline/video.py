@@ -117,18 +117,21 @@ def planned_frames(facts: VideoFacts, wanted: Callable[[int], bool]) -> Iterator
     Raises Inexact, perhaps after some frames, when a frame is missing or the decoder complains.
     """
     numbers = {pts: number for number, pts in enumerate(facts.presented)}
-    with _opened(facts.path) as (container, stream, messages):
-        for group in _plan(facts, wanted):
-            missing = set(group.wanted_pts)
-            container.seek(group.keyframe.seek_ticks, stream=stream)
-            stream.codec_context.flush_buffers()
-            for picture in _decode_group(container, stream, group):
-                if picture.pts in missing:
-                    missing.remove(picture.pts)
-                    number, first_pts = numbers[picture.pts], facts.presented[0]
-                    yield SourceFrame(number, _seconds(picture.pts, first_pts, facts), picture)
-            if missing or _complaints(messages):
-                raise Inexact
+    try:
+        with _opened(facts.path) as (container, stream, messages):
+            for group in _plan(facts, wanted):
+                missing = set(group.wanted_pts)
+                container.seek(group.keyframe.seek_ticks, stream=stream)
+                stream.codec_context.flush_buffers()
+                for picture in _decode_group(container, stream, group):
+                    if picture.pts in missing:
+                        missing.remove(picture.pts)
+                        seconds = _seconds(picture.pts, facts.presented[0], facts)
+                        yield SourceFrame(numbers[picture.pts], seconds, picture)
+                if missing or _complaints(messages):
+                    raise Inexact
+    except VideoError as error:
+        raise Inexact from error
 
 
 def sequential_frames(facts: VideoFacts, wanted: Callable[[int], bool]) -> Iterator[SourceFrame]:
@@ -145,16 +148,12 @@ def sequential_frames(facts: VideoFacts, wanted: Callable[[int], bool]) -> Itera
                 continue
             if packet.is_keyframe and number == 0:
                 messages.clear()  # complaints about what lies before the first keyframe
-            for picture in packet.decode():
-                if complaints := _complaints(messages):
-                    raise VideoError(f"damaged near frame {number}: {complaints[0]}")
+            for picture in _decode(packet, messages, number):
                 if first_pts is None:
                     first_pts = picture.pts
                 if wanted(number):
                     yield SourceFrame(number, _sequential_seconds(picture, number, first_pts, facts), picture)
                 number += 1
-        if complaints := _complaints(messages):
-            raise VideoError(f"damaged near frame {number}: {complaints[0]}")
     if not number:
         raise VideoError("no frames: nothing could be decoded")
 
@@ -210,6 +209,17 @@ def _decode_group(container: InputContainer, stream: VideoStream, group: _Group)
     yield from decoder.decode(None)
 
 
+def _decode(packet: av.Packet, messages: list[Message], number: int) -> list[VideoFrame]:
+    """The pictures that a packet brings to light; VideoError for the least complaint of the decoder."""
+    try:
+        pictures = packet.decode()
+    except av.FFmpegError as error:
+        raise VideoError(f"damaged near frame {number}: {_in_words(error)}") from error
+    if complaints := _complaints(messages):
+        raise VideoError(f"damaged near frame {number}: {complaints[0]}")
+    return pictures
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream, list[Message]]]:
     """The container, its best video stream, and what libav says from then on; its errors are VideoErrors."""
@@ -231,7 +241,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream, list[Mess
             messages.clear()  # opening a recording that begins in the middle makes the decoder complain
             yield container, stream, messages
     except av.FFmpegError as error:
-        raise VideoError(_in_words(error)) from error
+        raise VideoError(f"not readable as a video: {_in_words(error)}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -242,9 +252,9 @@ def _check_file(path: Path) -> None:
 
 
 def _in_words(error: av.FFmpegError) -> str:
-    """libav's reason without the path, which rejected.jsonl names anyway, and its own error number."""
+    """libav's reason without the path, which rejected.jsonl names anyway, and without its error number."""
     message = error.log[2].strip() if error.log else ""
-    return f"not readable as a video: {error.strerror}" + (f" ({message})" if message else "")
+    return error.strerror + (f" ({message})" if message else "")
 
 
 def _expected(stream: VideoStream) -> str:

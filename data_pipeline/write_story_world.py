@@ -36,6 +36,7 @@ from data_pipeline.shard_reader import read_marker
 from data_pipeline.shard_writer import ShardWriter
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip
 from storyanchors.story_world import WorldStory, render_frame, sample_story, to_story
+from storyanchors.story_world.renderer import FRAME_SIZE
 from storyanchors.story_world.world import MAX_FRAMES, MIN_FRAMES
 
 CAPTIONS_RUN = "truth"
@@ -195,8 +196,8 @@ def _write_video(out: Path, config: WriteStoryWorldConfig, task: Task) -> int:
         with av.open(temporary, "w", format="mp4") as container:
             options = {"crf": "12", "preset": "veryfast", "threads": "1"}
             stream = container.add_stream("libx264", rate=FPS, options=options)
+            stream.height = stream.width = FRAME_SIZE
             for pixels in _dense_frames(world_story):
-                stream.height, stream.width = pixels.shape[:2]
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, "rgb24")))
             container.mux(stream.encode())
         rename_durably(temporary, path)
