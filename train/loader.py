@@ -75,7 +75,7 @@ class ClipReader:
         size = (row.conditions.width, row.conditions.height)
         ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
         return [
-            self._frame(path, *byte_range, size, f"{path}: clip {row.key}, member {frame_member(number)}")
+            self._frame(path, *byte_range, size, f"{path}: member {row.key}.{frame_member(number)}")
             for number, byte_range in enumerate(ranges, start=1)
         ]
 

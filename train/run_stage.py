@@ -90,15 +90,20 @@ class RunStageConfig:
 
 
 def main(config: RunStageConfig) -> None:
-    stop = StopFlag()
-    stop.install()
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
     resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
     first_step = resume_from.state.step if resume_from else 0
     if first_step >= num_steps:
         print(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
         return
+    with StopFlag() as stop:
+        train(config, resume_from, stop)
+    print(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
+
+def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag) -> None:
+    """Trains to the stage's last step; Stopped when a signal ended it earlier."""
+    run_dir, num_steps = Path(config.run_dir), config.stage.steps
     train_clips, held_out = open_clips(config)
     module = build_module(config, train_clips, is_new=resume_from is None)
     if resume_from:
@@ -116,12 +121,12 @@ def main(config: RunStageConfig) -> None:
         log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
         **config.trainer,
     )
-    trainer.fit(module, build_loader(config, module, train_clips, trainer, first_step))
+    first_step = resume_from.state.step if resume_from else 0
+    trainer.fit(module, build_loader(config, module, train_clips, trainer, num_steps - first_step))
     if trainer.global_step < num_steps:
         raise Stopped(
             f"{stop.received.name} after step {trainer.global_step}; the same command goes on from there"
         )
-    print(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
 
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
@@ -192,9 +197,9 @@ def build_callbacks(
 
 
 def build_loader(
-    config: RunStageConfig, module: StoryModule, clips: ClipIndex, trainer: L.Trainer, first_step: int
+    config: RunStageConfig, module: StoryModule, clips: ClipIndex, trainer: L.Trainer, num_steps: int
 ) -> PlannedLoader:
-    """The batches from the module's position on, as many as the stage has left."""
+    """The batches from the module's position on, for num_steps steps."""
     if config.data.clips_per_batch < trainer.world_size:
         raise ValueError(
             f"data.clips_per_batch={config.data.clips_per_batch} is too few for {trainer.world_size} ranks"
@@ -210,7 +215,7 @@ def build_loader(
         rank=trainer.global_rank,
         world_size=trainer.world_size,
     )
-    num_batches = (config.stage.steps - first_step) * trainer.accumulate_grad_batches
+    num_batches = num_steps * trainer.accumulate_grad_batches
     return PlannedLoader(
         PlannedClips(clips), PlanSampler(plan, module.position, num_batches), config.data.num_workers
     )

@@ -6,10 +6,19 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """Holds the first stop signal received; a second Ctrl-C interrupts at once."""
+    """As a context: holds the first stop signal received inside; a second Ctrl-C interrupts at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopFlag":
+        self._earlier = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        self.install()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
 
     def install(self) -> None:
         for number in STOP_SIGNALS:

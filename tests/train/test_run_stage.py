@@ -1,0 +1,172 @@
+"""A run of a small model on story-world clips: the same bits when repeated, resumed or killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.command import Stopped
+from train.checkpoints import newest_checkpoint
+
+ROOT = Path(__file__).parents[2]
+STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
+
+
+def checkpoint_bits(run_dir: Path, step: int) -> dict:
+    """Sizes and SHA-256 of weights, average, optimizer and data position."""
+    return json.loads((run_dir / "checkpoints" / f"step_{step:08d}" / "MANIFEST.json").read_text())["files"]
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert len({line["step"] for line in lines}) == len(lines), "a step twice"
+    return {line["step"]: (line["train/loss"], line["train/grad_norm"], line["train/lr"]) for line in lines}
+
+
+def test_a_repeated_run_is_bit_identical(train, three_steps, tmp_path):
+    again = train(tmp_path / "again", *STAGE_3)
+    assert losses(again) == losses(three_steps)
+    assert checkpoint_bits(again, 3) == checkpoint_bits(three_steps, 3)
+
+
+def test_workers_do_not_change_a_bit(train, three_steps, tmp_path):
+    with_workers = train(tmp_path / "workers", *STAGE_3, "data.num_workers=2")
+    assert losses(with_workers) == losses(three_steps)
+    assert checkpoint_bits(with_workers, 3) == checkpoint_bits(three_steps, 3)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(train, three_steps, tmp_path, step):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(three_steps, resumed)
+    for later in range(step + 1, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{later:08d}")
+    train(resumed, *STAGE_3)
+    assert losses(resumed) == losses(three_steps)
+    assert checkpoint_bits(resumed, 3) == checkpoint_bits(three_steps, 3)
+
+
+def test_a_signal_ends_the_step_saves_and_says_so(train, tmp_path):
+    run_dir = tmp_path / "stopped"
+    metrics = run_dir / "metrics.jsonl"
+
+    def stop_after_the_first_step():
+        while not (metrics.exists() and metrics.stat().st_size):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=stop_after_the_first_step)
+    thread.start()
+    with pytest.raises(Stopped, match="SIGTERM after step"):
+        train(run_dir, "stage=continuation", "stage.steps=400")
+    thread.join()
+    assert signal.getsignal(signal.SIGTERM) == before
+    step = newest_checkpoint(run_dir).state.step
+    assert 1 <= step < 400
+    assert max(losses(run_dir)) == step
+
+
+def test_killed_in_the_middle_and_started_again_gives_the_same_weights(train, arguments, tmp_path):
+    more = ["stage=continuation", "stage.steps=60", "checkpoint.every_n_steps=5"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    command = [sys.executable, "train/run_stage.py", *arguments(killed, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+    while not (killed / "checkpoints" / "step_00000010").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert newest_checkpoint(killed).state.step < 60
+    train(killed, *more)
+    train(whole, *more)
+    assert losses(killed) == losses(whole)
+    assert checkpoint_bits(killed, 60) == checkpoint_bits(whole, 60)
+
+
+def test_a_finished_run_has_nothing_to_do(train, three_steps, capsys):
+    before = checkpoint_bits(three_steps, 3)
+    train(three_steps, *STAGE_3)
+    assert "has done its 3 steps" in capsys.readouterr().out
+    assert checkpoint_bits(three_steps, 3) == before
+
+
+def test_an_existing_run_is_not_overwritten(train, three_steps):
+    with pytest.raises(ValueError, match="holds a run already"):
+        train(three_steps, *STAGE_3, "resume=never")
+
+
+def test_a_run_goes_on_with_its_own_settings_only(train, three_steps):
+    with pytest.raises(ValueError, match=r"seed=0, found seed=1"):
+        train(three_steps, *STAGE_3, "seed=1")
+
+
+def test_hand_over_begins_with_the_average_and_remembers_where_from(train, three_steps, tmp_path):
+    first = train(tmp_path / "next", "stage=continuation", f"init_from={three_steps}", "optimizer.lr=0.0")
+    average = three_steps / "checkpoints" / "step_00000003" / "ema.safetensors"
+    after = first / "checkpoints" / "step_00000003" / "model.safetensors"
+    assert average.read_bytes() == after.read_bytes()  # a learning rate of 0 leaves what was handed over
+    provenance = json.loads((first / "provenance.json").read_text())
+    assert provenance["init_from"]["step"] == 3
+    assert provenance["init_from"]["sha256"] == checkpoint_bits(three_steps, 3)["ema.safetensors"]["sha256"]
+    assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": three_steps.name}]
+    assert (first / "codec" / "codec.safetensors").read_bytes() == (
+        three_steps / "codec" / "codec.safetensors"
+    ).read_bytes()
+
+
+def test_a_network_of_another_size_is_refused(train, three_steps, tmp_path):
+    with pytest.raises(ValueError, match=r"num_layers=1, .* expects 2") as error:
+        train(tmp_path / "next", "model.num_layers=2", f"init_from={three_steps}")
+    assert str(three_steps) in str(error.value)
+    assert not (tmp_path / "next").exists()
+
+
+def test_init_from_something_else_is_refused(train, dataset, tmp_path):
+    with pytest.raises(ValueError, match="neither a run folder"):
+        train(tmp_path / "next", f"init_from={dataset}")
+
+
+def test_samples_are_drawn_and_scored_with_held_out_stories(train, tmp_path):
+    run_dir = train(
+        tmp_path / "samples", "stage=continuation", "samples.every_n_steps=3", "samples.num_stories=2",
+        "samples.num_steps=1", "samples.score_story_world=true",
+    )  # fmt: skip
+    names = {path.name for path in (run_dir / "samples").iterdir()}
+    assert names == {"step_00000003_prompt.png", "step_00000003_continue.png"}
+    last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["sample/prompt/pfa_f1"] <= 1 and last["step"] == 3
+
+
+def test_bfloat16_products_keep_float32_weights(train, tmp_path):
+    run_dir = train(tmp_path / "bf16", "trainer.precision=bf16-mixed", "stage.steps=1")
+    checkpoint = newest_checkpoint(run_dir)
+    assert {tensor.dtype.itemsize for tensor in checkpoint.weights("model").values()} == {4}
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.max_steps=5", "max_steps"),
+        ("stage.caption=both", "multi_event"),
+        ("logger=mlflow", "tensorboard"),
+        ("data.clips_per_batch=0", "at least 1"),
+        ("ema.decay=1.0", "below 1"),
+        ("optimizer.schedule=step", "cosine"),
+        ("model.preset=huge", "tiny"),
+        ("stage.steps=none", "steps"),
+        ("optimizer.learning_rate=1", "optimizer"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(train, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "wrong", override)
+    assert not (tmp_path / "wrong").exists()
