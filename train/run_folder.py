@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from storyanchors.dit import StoryDiT
@@ -58,7 +59,7 @@ def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> 
     config = run_dir / CONFIG
     if not config.is_file():
         return None
-    if resume == "never":
+    if resume == "never" and rank_zero_only.rank == 0:  # the first rank has begun when the others start
         raise ValueError(
             f"{run_dir} holds a run already: choose another run_dir, or resume=auto to go on with it"
         )

@@ -94,11 +94,11 @@ def main(config: RunStageConfig) -> None:
     resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
     first_step = resume_from.state.step if resume_from else 0
     if first_step >= num_steps:
-        print(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
+        report(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
         return
     with StopFlag() as stop:
         train(config, resume_from, stop)
-    print(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
+    report(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
 
 def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag) -> None:
@@ -108,7 +108,8 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     module = build_module(config, train_clips, is_new=resume_from is None)
     if resume_from:
         module.restore(resume_from)
-    write_settings(run_dir, asdict(config))
+    if rank_zero_only.rank == 0:
+        write_settings(run_dir, asdict(config))
     trainer = L.Trainer(
         max_steps=num_steps,
         max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
@@ -124,9 +125,13 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     first_step = resume_from.state.step if resume_from else 0
     trainer.fit(module, build_loader(config, module, train_clips, trainer, num_steps - first_step))
     if trainer.global_step < num_steps:
-        raise Stopped(
-            f"{stop.received.name} after step {trainer.global_step}; the same command goes on from there"
-        )
+        reason = stop.received.name if stop.received else "a signal to another rank"
+        raise Stopped(f"{reason} after step {trainer.global_step}; the same command goes on from there")
+
+
+@rank_zero_only
+def report(line: str) -> None:
+    print(line)
 
 
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conf.command import Stopped
 from train.checkpoints import newest_checkpoint
@@ -90,6 +91,23 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_weights(train, ar
     train(whole, *more)
     assert losses(killed) == losses(whole)
     assert checkpoint_bits(killed, 60) == checkpoint_bits(whole, 60)
+
+
+def test_two_processes_learn_what_one_learns(train, arguments, tmp_path):
+    more = [
+        "stage=continuation",
+        "data.clips_per_batch=3",
+    ]  # shared as 2 and 1: every clip still weighs a third
+    command = [sys.executable, "train/run_stage.py", *arguments(tmp_path / "two", *more)]
+    command += ["strategy=ddp", "trainer.devices=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    train(tmp_path / "one", *more)
+    two, one = (newest_checkpoint(tmp_path / name) for name in ("two", "one"))
+    assert two.state == one.state
+    assert two.weights("ema").keys() == one.weights("ema").keys()
+    for name, tensor in one.weights("ema").items():
+        torch.testing.assert_close(two.weights("ema")[name], tensor, atol=1e-5, rtol=1e-5)
 
 
 def test_a_finished_run_has_nothing_to_do(train, three_steps, capsys):
