@@ -9,6 +9,7 @@ captions run RUN, which is written anew each time.
 
 import io
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
@@ -29,6 +30,7 @@ from data_pipeline.captions import (
 from data_pipeline.dataset import FRAMES_FOLDER, INDEX_FILE, read_record, write_atomically
 from data_pipeline.shard_reader import finished_shards, read_entries, read_marker, verify_shard
 from data_pipeline.shard_writer import ClipEntry
+from data_pipeline.worker_pool import map_in_order, num_workers
 from storyanchors.clip import CaptionRecord, ClipInfo
 from storyanchors.story import Story
 
@@ -63,6 +65,11 @@ class BuildIndexConfig:
     dataset: str = MISSING
     captions: str | None = None  # the run to join; None: an index without captions
     stories: str | None = None  # a folder of story files to import as that run
+    workers: int | None = None  # processes; None: one per core
+
+    def __post_init__(self):
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers is {self.workers}, expected 1 or above")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,8 @@ class IndexSummary:
 
 def main(config: BuildIndexConfig) -> None:
     dataset = Path(config.dataset)
-    summary = build_index(dataset, config.captions, Path(config.stories) if config.stories else None)
+    stories = Path(config.stories) if config.stories else None
+    summary = build_index(dataset, config.captions, stories, workers=config.workers)
     counts = f"{summary.num_clips} clips, {summary.num_frames} frames, {summary.num_shards} shards"
     print(f"{dataset / INDEX_FILE}: {counts}")
     if config.captions:
@@ -89,7 +97,9 @@ def main(config: BuildIndexConfig) -> None:
         print("no captions yet: write a .story.yaml beside a video and add captions=NAME stories=FOLDER")
 
 
-def build_index(dataset: Path, captions: str | None = None, stories: Path | None = None) -> IndexSummary:
+def build_index(
+    dataset: Path, captions: str | None = None, stories: Path | None = None, *, workers: int | None = None
+) -> IndexSummary:
     """Writes index.parquet, one row per clip, sorted by key.
 
     ValueError, and no index, for a dataset that is not finished, a shard that is not what its marker says,
@@ -101,7 +111,7 @@ def build_index(dataset: Path, captions: str | None = None, stories: Path | None
         )
     if stories and not captions:
         raise ValueError("stories=FOLDER becomes a captions run, name it with captions=NAME")
-    clips = _read_clips(dataset / FRAMES_FOLDER)
+    clips = _read_clips(dataset / FRAMES_FOLDER, workers)
     if not clips:
         raise ValueError(f"{dataset / FRAMES_FOLDER} holds no clip")
     if stories:
@@ -128,18 +138,26 @@ class _ShardClip:
     info: ClipInfo
 
 
-def _read_clips(frames: Path) -> list[_ShardClip]:
+def _read_clips(frames: Path, workers: int | None) -> list[_ShardClip]:
     """All clips of all finished shards, verified, sorted by key."""
     clips: dict[str, _ShardClip] = {}
     names = finished_shards(frames)
-    for name in tqdm(names, desc="verifying", unit="shard", disable=None):
-        marker = read_marker(frames, name)
-        entries = read_entries(frames, marker)
-        for entry, info in zip(entries, verify_shard(frames, marker, entries), strict=True):
-            if entry.key in clips:
-                raise ValueError(f"clip {entry.key} is in shard {clips[entry.key].shard} and again in {name}")
-            clips[entry.key] = _ShardClip(name, entry, info)
+    with tqdm(total=len(names), desc="verifying", unit="shard", disable=None) as bar:
+        for of_shard in map_in_order(partial(_read_shard, frames), names, workers=num_workers(workers)):
+            for clip in of_shard:
+                key = clip.info.key
+                if key in clips:
+                    raise ValueError(f"clip {key} is in shard {clips[key].shard} and again in {clip.shard}")
+                clips[key] = clip
+            bar.update()
     return [clips[key] for key in sorted(clips)]
+
+
+def _read_shard(frames: Path, name: str) -> list[_ShardClip]:
+    marker = read_marker(frames, name)
+    entries = read_entries(frames, marker)
+    infos = verify_shard(frames, marker, entries)
+    return [_ShardClip(name, entry, info) for entry, info in zip(entries, infos, strict=True)]
 
 
 def _row(clip: _ShardClip, captions: str | None, line: CaptionLine | None) -> dict:

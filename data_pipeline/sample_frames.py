@@ -11,7 +11,6 @@ used are named in DATASET/rejected.jsonl. Stopped or killed, the same command co
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -42,7 +41,7 @@ from data_pipeline.dataset import (
 )
 from data_pipeline.shard_reader import read_clips, read_marker
 from data_pipeline.shard_writer import ShardMarker, ShardWriter, VideoReport
-from data_pipeline.worker_pool import run_isolated
+from data_pipeline.worker_pool import num_workers, run_isolated
 from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES
 
 VIDEO_SUFFIXES = set(
@@ -179,7 +178,7 @@ def sample_frames(
                 if not parts:
                     markers[name] = _join(out, name, shards[name])
             tasks = [part for parts in missing.values() for part in parts]
-            workers = config.workers or len(os.sched_getaffinity(0))
+            workers = num_workers(config.workers)
             for part, death in run_isolated(
                 cut, tasks, workers=workers, timeout_s=config.timeout_s, tick=show
             ):

@@ -1,4 +1,4 @@
-"""One process per task: whatever a task does to its process, the others and the job go on."""
+"""Processes for the tasks of a job: one each where a task may kill its process, else a pool of them."""
 
 import ctypes
 import os
@@ -6,6 +6,8 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
@@ -13,9 +15,24 @@ from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 Task = TypeVar("Task")
+Result = TypeVar("Result")
 TICK_S = 0.2  # how often a progress bar may move
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _fork = get_context("fork")
+
+
+def num_workers(asked: int | None) -> int:
+    """What a command's workers=... means: None is one per core that this process may use."""
+    return asked or len(os.sched_getaffinity(0))
+
+
+def map_in_order(work: Callable[[Task], Result], tasks: list[Task], *, workers: int) -> Iterator[Result]:
+    """Results of trusted work, in the order of the tasks; ChildProcessError where a process was killed."""
+    with ProcessPoolExecutor(workers, _fork) as pool:
+        try:
+            yield from pool.map(work, tasks)
+        except BrokenProcessPool as error:
+            raise ChildProcessError("a worker was killed, perhaps for memory: try fewer workers") from error
 
 
 @dataclass
@@ -34,9 +51,10 @@ def run_isolated(
     timeout_s: float,
     tick: Callable[[], None],
 ) -> Iterator[tuple[Task, str | None]]:
-    """Yields (task, None) as tasks are done, or (task, why its process died or was stopped) in words.
+    """A process per task; yields (task, None) as tasks are done, or (task, why its process died) in words.
 
-    An OSError of a task (a full disk, say) ends the job: it is raised here. tick() is called every TICK_S.
+    Whatever a task does to its process, the others go on. But an OSError of a task (a full disk, say) ends the
+    job: it is raised here. tick() is called every TICK_S.
     """
     waiting = list(reversed(tasks))
     running: list[_Running] = []

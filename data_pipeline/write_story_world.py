@@ -6,13 +6,9 @@ python data_pipeline/write_story_world.py out=FOLDER num_stories=20 videos=true
 The videos are the story world's dense mode: sampled at frame_interval 69 they give exactly the story frames.
 """
 
-import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import av
@@ -34,6 +30,7 @@ from data_pipeline.dataset import (
 )
 from data_pipeline.shard_reader import read_marker
 from data_pipeline.shard_writer import ShardWriter
+from data_pipeline.worker_pool import map_in_order, num_workers
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip
 from storyanchors.story_world import WorldStory, render_frame, sample_story, to_story
 from storyanchors.story_world.renderer import FRAME_SIZE
@@ -80,7 +77,7 @@ def main(config: WriteStoryWorldConfig) -> None:
         print(f"next: python data_pipeline/{command}")
     else:
         write_dataset(out, config)
-        summary = build_index(out, CAPTIONS_RUN)
+        summary = build_index(out, CAPTIONS_RUN, workers=config.workers)
         print(f"{out}: {summary.num_clips} clips, {summary.num_frames} frames, {summary.num_shards} shards")
         print(
             f"captions {CAPTIONS_RUN!r} and index.parquet are written; next: python train/run_stage.py "
@@ -141,17 +138,9 @@ Task = tuple[str, range]
 
 
 def _map_stories(write: Callable[[Task], int], tasks: list[Task], config: WriteStoryWorldConfig) -> None:
-    workers = config.workers or len(os.sched_getaffinity(0))
-    total = sum(len(stories) for _, stories in tasks)
-    with (
-        tqdm(total=total, unit="story", disable=None) as bar,
-        ProcessPoolExecutor(workers, get_context("fork")) as pool,
-    ):
-        try:
-            for num_stories in pool.map(write, tasks):
-                bar.update(num_stories)
-        except BrokenProcessPool as error:
-            raise ChildProcessError("a worker was killed, perhaps for memory: try fewer workers") from error
+    with tqdm(total=sum(len(stories) for _, stories in tasks), unit="story", disable=None) as bar:
+        for num_stories in map_in_order(write, tasks, workers=num_workers(config.workers)):
+            bar.update(num_stories)
 
 
 def _write_shard(out: Path, config: WriteStoryWorldConfig, task: Task) -> int:
