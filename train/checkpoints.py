@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -89,20 +90,26 @@ def write_checkpoint(
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.items()}, temporary / "model.safetensors")
-    save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / "ema.safetensors")
-    torch.save(optimizer, temporary / "optimizer.pt")
-    (temporary / "config.json").write_text(json.dumps(dit_config, indent=2) + "\n")
-    (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-    files = {path.name: _synced_entry(path) for path in sorted(temporary.iterdir())}
-    manifest = temporary / MANIFEST
-    manifest.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2) + "\n")
-    sync(manifest)
-    if folder.exists():  # an incomplete one of the same step, or the same step written again after resume
-        _remove(folder)
-    temporary.rename(folder)
-    sync(folder.parent)
-    return Checkpoint(folder)
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in model.items()}, temporary / "model.safetensors"
+        )
+        save_file({name: tensor.contiguous() for name, tensor in ema.items()}, temporary / "ema.safetensors")
+        torch.save(optimizer, temporary / "optimizer.pt")
+        (temporary / "config.json").write_text(json.dumps(dit_config, indent=2) + "\n")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
+        _write_manifest(temporary)
+    except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+        free = shutil.disk_usage(temporary).free
+        raise OSError(f"could not write {folder}: {error} ({free / 2**20:.0f} MiB are free there)") from error
+    else:
+        if folder.exists():  # the same step without a complete manifest
+            _remove(folder)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        return Checkpoint(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def newest_checkpoint(run_dir: Path) -> Checkpoint | None:
@@ -138,31 +145,37 @@ def find_fault(folder: Path) -> str | None:
 
 
 def remove_old_checkpoints(run_dir: Path, keep_last: int) -> None:
-    folders = sorted((run_dir / "checkpoints").glob("step_*"))
-    for folder in folders[:-keep_last]:
-        _remove(folder)
+    """Keeps the last checkpoints; also removes what a killed process left half-written or half-removed."""
+    folder = run_dir / "checkpoints"
+    for old in sorted(folder.glob("step_*"))[:-keep_last]:
+        _remove(old)
+    for leftover in (*folder.glob(".step_*.tmp"), *folder.glob(".trash-*")):
+        shutil.rmtree(leftover)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        _sync(path)
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "files": files}, indent=2) + "\n")
+    _sync(manifest)
 
 
 def _remove(folder: Path) -> None:
-    trash = folder.with_name(
-        f".trash-{folder.name}"
-    )  # first out of sight: a half-deleted folder has no manifest
+    trash = folder.with_name(f".trash-{folder.name}")  # out of sight first: half-removed it looks damaged
     shutil.rmtree(trash, ignore_errors=True)
     folder.rename(trash)
     shutil.rmtree(trash)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _synced_entry(path: Path) -> dict:
-    sync(path)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
 def _sha256(path: Path) -> str:

@@ -1,7 +1,6 @@
 """The clips of a dataset as rows of its index.parquet: which may be trained on, and where their bytes lie."""
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +81,9 @@ class ClipIndex:
 
     def common_frame_size(self) -> tuple[int, int]:
         """(height, width) of most clips, in pixels."""
-        sizes = zip(self.table["height"].to_pylist(), self.table["width"].to_pylist(), strict=True)
-        return Counter(sizes).most_common(1)[0][0]
+        sizes = self.table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
+        most = max(sizes, key=lambda size: (size["count_all"], size["height"], size["width"]))
+        return most["height"], most["width"]
 
     def row(self, number: int) -> ClipRow:
         values = {name: self.table[name][number].as_py() for name in self.table.column_names}

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 # what may differ when a run goes on; everything else decides what is learned, or which bits come out
 MAY_CHANGE = (
+    "strategy",
+    "deepspeed",
     "run_dir",
     "init_from",
     "resume",

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.command import Stopped
+from conf.command import Stopped, read_config
 from train.checkpoints import newest_checkpoint
+from train.run_stage import RunStageConfig
 
 ROOT = Path(__file__).parents[2]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
@@ -52,6 +53,11 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(train, three_steps
     train(resumed, *STAGE_3)
     assert losses(resumed) == losses(three_steps)
     assert checkpoint_bits(resumed, 3) == checkpoint_bits(three_steps, 3)
+
+
+def test_activation_checkpointing_does_not_change_a_loss(train, three_steps, tmp_path):
+    run_dir = train(tmp_path / "saving", *STAGE_3, "model.activation_checkpointing=true")
+    assert losses(run_dir) == losses(three_steps)
 
 
 def test_a_signal_ends_the_step_saves_and_says_so(train, tmp_path):
@@ -151,6 +157,13 @@ def test_a_network_of_another_size_is_refused(train, three_steps, tmp_path):
 def test_init_from_something_else_is_refused(train, dataset, tmp_path):
     with pytest.raises(ValueError, match="neither a run folder"):
         train(tmp_path / "next", f"init_from={dataset}")
+
+
+@pytest.mark.parametrize(("preset", "names"), [("paper", ["first"]), ("none", ["none"])])
+def test_a_preset_of_mask_policies_can_be_chosen(arguments, preset, names):
+    overrides = ["stage=continuation", f"mask_policies@stage={preset}"]
+    config = read_config(RunStageConfig, "run_stage", arguments("unused", *overrides))
+    assert [policy.name for policy in config.stage.mask_policies] == names
 
 
 def test_samples_are_drawn_and_scored_with_held_out_stories(train, tmp_path):
