@@ -51,10 +51,10 @@ def run_isolated(
     timeout_s: float,
     tick: Callable[[], None],
 ) -> Iterator[tuple[Task, str | None]]:
-    """A process per task; yields (task, None) as tasks are done, or (task, why its process died) in words.
+    """A process per task; yields (task, None) as each is done, or (task, why its process died) in words.
 
-    Whatever a task does to its process, the others go on. But an OSError of a task (a full disk, say) ends the
-    job: it is raised here. tick() is called every TICK_S.
+    Whatever a task does to its process, the others go on. But an OSError of a task (a full disk, say) ends
+    the job: it is raised here. tick() is called every TICK_S.
     """
     waiting = list(reversed(tasks))
     running: list[_Running] = []
