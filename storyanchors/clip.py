@@ -216,7 +216,7 @@ def frame_member(number: int) -> str:
 
 
 def check_key(key: str) -> str:
-    """The key itself; ValueError unless it is made of [a-z0-9] and single dashes, so that any path may hold it."""
+    """The key; ValueError unless it is made of [a-z0-9] and single dashes, and so is safe in any path."""
     if not isinstance(key, str) or not KEY_PATTERN.fullmatch(key):
         raise ValueError(f"a clip's key is made of a-z, 0-9 and dashes, found {key!r}")
     return key
