@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -155,6 +158,14 @@ class MetricsLog(Callback):
             file.write(json.dumps({"step": trainer.global_step, **numbers}) + "\n")
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=trainer.global_step)
+
+    def show(self, trainer: L.Trainer, name: str, picture: Image.Image) -> None:
+        """Gives a picture of the present step to the run's other loggers."""
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image(name, [picture], step=trainer.global_step)
+            elif isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(name, np.asarray(picture), trainer.global_step, dataformats="HWC")
 
 
 class _Window:

@@ -76,7 +76,7 @@ class RunStageConfig:
     seed: int = 0
     logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
     log_every_n_steps: int = 10
-    strategy: str = "auto"  # auto | ddp | deepspeed
+    strategy: str = "auto"  # auto | ddp | deepspeed (one GPU; not covered by the tests, which have none)
     trainer: dict[str, Any] = field(default_factory=dict)  # verbatim to L.Trainer
     deepspeed: dict[str, Any] = field(default_factory=dict)  # verbatim to DeepSpeedStrategy
 

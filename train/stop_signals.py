@@ -1,5 +1,6 @@
 """Stopping on purpose: SIGTERM, SIGUSR1 and Ctrl-C set a flag; the step in flight ends, the run saves."""
 
+import os
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -28,6 +29,7 @@ class StopFlag:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        os.write(2, f"\n{self.received.name}: stopping after this step and its checkpoint\n".encode())
 
 
 def ignore_stop_signals() -> None:

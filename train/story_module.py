@@ -66,10 +66,8 @@ class StoryModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         self.codec.to(self.device, torch.float32)
-        text_dtype = (
-            torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        )  # Wan runs its T5 in bfloat16
-        self.caption_encoder.to(self.device, text_dtype)
+        # Wan runs its text encoder in bfloat16
+        self.caption_encoder.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
         self.ema.to(self.device)
 
     def transfer_batch_to_device(

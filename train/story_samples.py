@@ -82,11 +82,11 @@ class StorySamples(Callback):
         self.last_step = step
         if trainer.is_global_zero and (step % self.config.every_n_steps == 0 or step == trainer.max_steps):
             with module.ema.swapped_in():
-                numbers = dict(self.draw(module, step))
+                numbers = dict(self.draw(trainer, module))
             if numbers:
                 self.metrics.write(trainer, numbers)
 
-    def draw(self, module: StoryModule, step: int) -> Iterator[tuple[str, float]]:
+    def draw(self, trainer: L.Trainer, module: StoryModule) -> Iterator[tuple[str, float]]:
         """Writes this step's sheets; yields the metrics asked for."""
         conditions = self.stories[0].conditions
         generator = StoryGenerator(
@@ -111,7 +111,9 @@ class StorySamples(Callback):
                 for pictures, story, numbers in zip(frames, self.stories, given, strict=True)
             ]
             self.folder.mkdir(parents=True, exist_ok=True)
-            _stack(sheets).save(self.folder / f"step_{step:08d}_{name}.png")
+            page = _stack(sheets)
+            page.save(self.folder / f"step_{trainer.global_step:08d}_{name}.png")
+            self.metrics.show(trainer, f"sample/{name}", page)
             if self.config.score_story_world:
                 for metric, value in self._score(frames, given).items():
                     yield f"sample/{name}/{metric}", value

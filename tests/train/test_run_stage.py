@@ -16,6 +16,7 @@ import torch
 from conf.command import Stopped, read_config
 from train.checkpoints import newest_checkpoint
 from train.run_stage import RunStageConfig
+from train.story_module import NonFiniteGradients
 
 ROOT = Path(__file__).parents[2]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
@@ -175,6 +176,19 @@ def test_samples_are_drawn_and_scored_with_held_out_stories(train, tmp_path):
     assert names == {"step_00000003_prompt.png", "step_00000003_continue.png"}
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= last["sample/prompt/pfa_f1"] <= 1 and last["step"] == 3
+
+
+def test_a_run_that_diverges_stops_and_names_the_clips(train, tmp_path):
+    with pytest.raises(NonFiniteGradients, match=r"2 steps in a row .* story-world-"):
+        train(tmp_path / "wild", "optimizer.lr=1e30", "stage.steps=20", "optimizer.max_skipped=1")
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "wandb"])
+def test_numbers_and_pictures_reach_the_other_loggers(train, tmp_path, logger, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    samples = ["samples.every_n_steps=2", "samples.num_stories=1", "samples.num_steps=1"]
+    run_dir = train(tmp_path / "logged", f"logger={logger}", "stage.steps=2", *samples)
+    assert any(path.stat().st_size > 10_000 for path in (run_dir / logger).rglob("*") if path.is_file())
 
 
 def test_bfloat16_products_keep_float32_weights(train, tmp_path):
