@@ -114,12 +114,12 @@ def _generate(
 def format_table(columns: dict[str, dict[str, float]]) -> str:
     """Aligned rows of numbers, one per score and one column per name."""
     names = list(next(iter(columns.values())))
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{title:>10}" for title in columns)]
-    lines += [
-        f"{name:<{width}}" + "".join(f"{column[name]:>10.3f}" for column in columns.values())
-        for name in names
-    ]
+    first = max(map(len, names))
+    widths = {title: max(10, len(title) + 2) for title in columns}
+    lines = [" " * first + "".join(f"{title:>{width}}" for title, width in widths.items())]
+    for name in names:
+        numbers = "".join(f"{columns[title][name]:>{width}.3f}" for title, width in widths.items())
+        lines.append(f"{name:<{first}}{numbers}")
     return "\n".join(lines)
 
 
