@@ -7,7 +7,6 @@ Past `run` there are typed objects, no DictConfig, and nothing is ever instantia
 import dataclasses
 import difflib
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,14 @@ from typing import TypeVar
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 CONF_DIR = Path(__file__).parent
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
@@ -53,33 +57,55 @@ def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
         try:
-            config = compose(config_name=name, overrides=overrides)
-            if added := sorted(set(config) - {field.name for field in dataclasses.fields(schema)}):
-                raise ValueError(_unknown(added[0], schema, name))  # "+key=value" would be dropped silently
-            return OmegaConf.to_object(config)
+            config = OmegaConf.to_object(compose(config_name=name, overrides=overrides))
         except MissingMandatoryValue as error:
             key = getattr(error, "full_key", None) or str(error)
             raise ValueError(f"{key}=... is missing and has no default (conf/{name}.yaml)") from error
         except (HydraException, OmegaConfBaseException) as error:
-            raise ValueError(_explain(error, schema, name)) from error
+            raise ValueError(_explain(error, name)) from error
+    _check_added(config, name)
+    return config
 
 
-def _explain(error: Exception, schema: type, name: str) -> str:
-    """Hydra's own words, without its advice, and the nearest key that exists."""
+def _check_added(config: Config, name: str, prefix: str = "") -> None:
+    """ValueError for a key added with a plus sign: it would become an attribute that nobody reads."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    for key, value in vars(config).items():
+        if key not in fields:
+            raise ValueError(_unknown(prefix + key, type(config), name))
+        if dataclasses.is_dataclass(value):
+            _check_added(value, name, f"{prefix}{key}.")
+
+
+def _explain(error: Exception, name: str) -> str:
+    """Hydra's own words, without its advice, and what would have been right."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = " ".join(str(cause).split("\n")[0].split())
-    match = re.search(r"Key '([^']+)' (?:not|is not) in", text)
-    if not match:
-        full_key = getattr(cause, "full_key", None)
-        return f"{full_key}: {text}" if full_key and full_key not in text else text
-    return _unknown(match[1], schema, name)
+    lines = [line.strip() for line in str(cause).splitlines()]
+    text = " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Did you mean")])
+    full_key = getattr(cause, "full_key", None)
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read the argument {error.override!r}, expected key=value; a value of more than letters, digits "
+            "and -_./ needs quotes inside the shell's: \"key='value'\""
+        )
+    if text.startswith("Ambiguous value for argument"):
+        return f"{text}; a list is written key=[a,b], a text with a comma \"key='a,b'\""
+    if isinstance(error, MissingConfigException) and error.options:
+        return f"{text}, expected one of {', '.join(error.options)}"
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return _unknown(full_key, cause.object_type, name)
+    return f"{full_key}: {text}" if full_key and full_key not in text else text
 
 
-def _unknown(key: str, schema: type, name: str) -> str:
-    keys = {key.rsplit(".", 1)[-1]: key for key in _keys(schema)}
+def _unknown(full_key: str, owner: type, name: str) -> str:
+    """The key's dataclass is its owner; a plain mapping takes any key, but only with a plus sign."""
+    section, dot, key = full_key.rpartition(".")
+    if not dataclasses.is_dataclass(owner):
+        return f"unknown key {full_key!r} for {name}; +{full_key}=... adds a key to {section}"
+    keys = {known.rpartition(".")[2]: section + dot + known for known in reversed(_keys(owner))}
     near = difflib.get_close_matches(key, keys, n=1)
-    hint = f"did you mean {keys[near[0]]!r}?" if near else f"known keys: {', '.join(sorted(_keys(schema)))}"
-    return f"unknown key {key!r} for {name}; {hint}"
+    hint = f"did you mean {keys[near[0]]!r}?" if near else f"known keys: {', '.join(sorted(keys.values()))}"
+    return f"unknown key {full_key!r} for {name}; {hint}"
 
 
 def _keys(schema: type, prefix: str = "") -> list[str]:
