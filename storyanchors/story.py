@@ -54,6 +54,8 @@ class Story:
 
     def __post_init__(self):
         set_field = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (the class is frozen)
+        if isinstance(self.subjects, str):  # its letters would become the subjects
+            raise ValueError(f"a story's subjects must be a list, found {self.subjects!r}")
         set_field("events", list(self.events))
         set_field("subjects", [_single_line(subject, "a subject") for subject in self.subjects])
         set_field("style", _single_line(self.style, "the style"))
@@ -142,11 +144,12 @@ class Story:
             raise ValueError(f"story version {version!r} is not known, expected {SCHEMA_VERSION}")
         if not isinstance(content["events"], list):
             raise ValueError(f"a story's events must be a list, found {type(content['events']).__name__}")
-        subjects = content.get("subjects") or []
+        given = {key: value for key, value in content.items() if value is not None}  # "style:" is no style
+        subjects = given.get("subjects", [])
         if not isinstance(subjects, list):
             raise ValueError(f"a story's subjects must be a list, found {type(subjects).__name__}")
         events = [_event_from_dict(event, number) for number, event in enumerate(content["events"], start=1)]
-        return cls(events, subjects, content.get("style") or "", content.get("global_caption") or "")
+        return cls(events, subjects, given.get("style", ""), given.get("global_caption", ""))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Story":
@@ -154,9 +157,9 @@ class Story:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+            content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _StoryLoader)
             return cls.from_dict(content)
-        except (ValueError, yaml.YAMLError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        except (ValueError, yaml.YAMLError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     def to_file(self, path: str | Path) -> None:
@@ -167,6 +170,18 @@ class Story:
         else:
             text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
         path.write_text(text, encoding="utf-8")
+
+
+class _StoryLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice: YAML would keep the last one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise ValueError(f"{key.value!r} is given twice, again in line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _single_line(text: str, what: str) -> str:
