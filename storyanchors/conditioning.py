@@ -4,6 +4,7 @@ The mask's polarity is stated here and nowhere else: 1 = the frame is given, 0 =
 Legend: B batch, F story frames, C latent channels, H W latent size.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,12 +25,12 @@ class ClipConditions:
     def __post_init__(self):
         for name in ("fps", "height", "width", "num_frames"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"the condition {name} must be above 0 or unknown (None), found {value!r}")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"the condition {name} must be a number above 0 or unknown (None), found {value!r}")
         for name in ("frame_interval", "motion"):
             value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"the condition {name} must not be below 0, found {value!r}")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"the condition {name} must be a number from 0 on, found {value!r}")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height and width are known together or not at all, found {self.height}, {self.width}")
 
@@ -73,8 +74,12 @@ class MaskPolicy:
     def __post_init__(self):
         if self.name not in MASK_POLICIES:
             raise ValueError(f"unknown mask policy {self.name!r}, expected one of {', '.join(MASK_POLICIES)}")
-        if not self.weight >= 0:
-            raise ValueError(f"the weight of mask policy {self.name} must not be below 0, found {self.weight}")
+        if not 0 <= self.weight < math.inf:
+            raise ValueError(f"weight of mask policy {self.name} must be a number from 0 on, found {self.weight}")
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k of mask policy {self.name} must be at least 1, found {self.k}")
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p of mask policy {self.name} must lie between 0 and 1, found {self.p}")
 
 
 def sample_cond_mask(policies: list[MaskPolicy], num_frames: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ sigma is 0 for data and 1 for noise: noisy = (1 - sigma) latents + sigma noise, 
 d noisy / d sigma = velocity. The network's timestep is 1000 sigma. Step-Video's opposite sign lives in weights.py.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,8 +24,8 @@ def velocity(latents: Tensor, noise: Tensor) -> Tensor:
 
 def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
     """Moves sigmas toward noise for larger pictures (SD3 Eq. 23); 0 and 1 stay, shift 1 changes nothing."""
-    if not shift > 0:
-        raise ValueError(f"shift must be above 0, found {shift}")
+    if not 0 < shift < math.inf:
+        raise ValueError(f"shift must be a number above 0, found {shift}")
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
