@@ -71,7 +71,7 @@ def test_a_signal_ends_the_step_saves_and_says_so(train, tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    thread = threading.Thread(target=stop_after_the_first_step)
+    thread = threading.Thread(target=stop_after_the_first_step, daemon=True)
     thread.start()
     with pytest.raises(Stopped, match="SIGTERM after step"):
         train(run_dir, "stage=continuation", "stage.steps=400")
