@@ -98,11 +98,18 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
         self.proj_out = nn.Linear(D, config.latent_channels * math.prod(patch))
         self.gradient_checkpointing = False
-        self._init_new_parts()
+        self._init_weights()
 
-    def _init_new_parts(self) -> None:
-        with torch.no_grad():
-            self.patch_embedding.weight[:, self.config.latent_channels :] = 0
+    def _init_weights(self) -> None:
+        """Xavier as in Wan, and zero for everything that Wan does not have."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        for module in self.story_embedder.modules():
+            if isinstance(module, SinusoidMlp):
+                nn.init.zeros_(module.linear_2.weight)
+        nn.init.zeros_(self.patch_embedding.weight[:, self.config.latent_channels :])
 
     @classmethod
     def from_config(cls, config: dict | StoryDiTConfig, return_unused_kwargs: bool = False, **overrides):
@@ -286,11 +293,11 @@ class StoryEmbedder(nn.Module):
     def __init__(self, dim: int, freq_dim: int, frame_number: bool):
         super().__init__()
         for name in SCALAR_CONDITIONS:
-            setattr(self, name, SinusoidMlp(freq_dim, dim, zero_init=True))
-        self.resolution = SinusoidMlp(freq_dim, dim // 2, zero_init=True)
+            setattr(self, name, SinusoidMlp(freq_dim, dim))
+        self.resolution = SinusoidMlp(freq_dim, dim // 2)
         names = (*SCALAR_CONDITIONS, "resolution")
         self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim)) for name in names})
-        self.frame_number = SinusoidMlp(freq_dim, dim, zero_init=True) if frame_number else None
+        self.frame_number = SinusoidMlp(freq_dim, dim) if frame_number else None
 
     def forward(self, conditions: Sequence[ClipConditions], device: torch.device) -> Tensor:
         """Sum of the five embeddings (B, D), float32."""
@@ -321,14 +328,11 @@ class StoryEmbedder(nn.Module):
 class SinusoidMlp(nn.Module):
     """Sinusoid of a number -> Linear -> SiLU -> Linear (diffusers' TimestepEmbedding), all in float32."""
 
-    def __init__(self, freq_dim: int, dim: int, *, zero_init: bool = False):
+    def __init__(self, freq_dim: int, dim: int):
         super().__init__()
         self.freq_dim = freq_dim
         self.linear_1 = Float32Linear(freq_dim, dim)
         self.linear_2 = Float32Linear(dim, dim)
-        if zero_init:
-            nn.init.zeros_(self.linear_2.weight)
-            nn.init.zeros_(self.linear_2.bias)
 
     def forward(self, values_B: Tensor) -> Tensor:
         half = self.freq_dim // 2
