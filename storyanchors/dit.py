@@ -1,11 +1,11 @@
-"""StoryDiT: a Wan-style diffusion transformer over packed story frames with 2c+1 input channels (paper section 2.1).
+"""StoryDiT: a Wan-style diffusion transformer over packed story frames with 2c+1 input channels (paper 2.1).
 
-Parameter names are those of diffusers' WanTransformer3DModel, so Wan weights load as they are; what the paper adds lives
-in the patch embedding's extra input columns and in `story_embedder`, all zero at the start: at step 0 the network is the
-base model, whatever the mask and the conditions say.
+Parameter names are those of diffusers' WanTransformer3DModel, so Wan weights load as they are; what the paper
+adds lives in the patch embedding's extra input columns and in `story_embedder`, all zero at the start: at
+step 0 the network is the base model, whatever the mask and the conditions say.
 
-Legend: B clips, F story frames, C latent channels, H W latent size, N video tokens, L caption tokens, D width, A heads,
-K head width.
+Legend: B clips, F story frames, C latent channels, H W latent size, N video tokens, L caption tokens,
+D width, A heads, K head width.
 """
 
 import dataclasses
@@ -24,6 +24,9 @@ from storyanchors.conditioning import ClipConditions
 from storyanchors.packing import patchify, rope_table, token_counts, unpatchify
 
 SCALAR_CONDITIONS = ("fps", "frame_interval", "motion", "num_frames")
+# The sinusoids are made for timesteps of 0..1000: at their own scale, neighbouring frames would differ in a few of the
+# channels only, and a network from scratch takes thousands of steps to tell them apart.
+FRAME_NUMBER_SCALE = 100.0
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class StoryDiTConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
     eps: float = 1e-6
-    # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no positions, so
-    # without it a frame can tell its number, which the prompt speaks of, only from its distance to the clip's ends.
+    # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
+    # positions, so without it a frame can tell its number, which the prompt speaks of, only from its distance
+    # to the clip's ends.
     frame_number_embedding: bool = False
 
     def __post_init__(self):
@@ -75,8 +79,12 @@ PRESETS = {
         num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=768, text_dim=192,
         frame_number_embedding=True,
     ),
-    "wan-1.3b": dict(num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096),
-    "wan-14b": dict(num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096),
+    "wan-1.3b": dict(
+        num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096,
+    ),
+    "wan-14b": dict(
+        num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096,
+    ),
 }  # fmt: skip
 
 
@@ -106,9 +114,8 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in self.story_embedder.modules():
-            if isinstance(module, SinusoidMlp):
-                nn.init.zeros_(module.linear_2.weight)
+        for name in (*SCALAR_CONDITIONS, "resolution"):
+            nn.init.zeros_(getattr(self.story_embedder, name).linear_2.weight)
         nn.init.zeros_(self.patch_embedding.weight[:, self.config.latent_channels :])
 
     @classmethod
@@ -133,9 +140,9 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """Velocity of B clips, in the form of inputs with C channels.
 
         inputs: B clips (F_i, 2C+1, H_i, W_i) of any sizes, or one tensor (B, F, 2C+1, H, W); see
-        conditioning.stack_condition_channels. timesteps: (B,) in [0, 1000], 1000 sigma. conditions: one per clip, or None
-        when all is unknown. captions: B embeddings (L_i, text_dim); every row is attended, so a caller that wants Wan's
-        zero-padded rows passes them. ValueError where the counts or channels do not fit.
+        conditioning.stack_condition_channels. timesteps: (B,) in [0, 1000], 1000 sigma. conditions: one per
+        clip, or None when all is unknown. captions: B embeddings (L_i, text_dim); every row is attended, so a
+        caller that wants Wan's zero-padded rows passes them. ValueError where counts or channels do not fit.
         """
         conditions = [ClipConditions()] * len(inputs) if conditions is None else conditions
         self._check_inputs(inputs, timesteps, conditions, captions)
@@ -145,9 +152,10 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         x_ND = F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).to(dtype)
         x_ND = self.story_embedder.add_frame_numbers(x_ND, grids)
         rope = rope_table(grids, self.config.attention_head_dim, x_ND.device)
-        caption_LD = self.condition_embedder.text_embedder(torch.cat([caption.to(dtype) for caption in captions]))
-        temb_BD = self.condition_embedder.time_embedder(timesteps) + self.story_embedder(conditions, timesteps.device)
-        modulation_B6D = self.condition_embedder.time_proj(F.silu(temb_BD)).unflatten(1, (6, -1))
+        embedder = self.condition_embedder
+        caption_LD = embedder.text_embedder(torch.cat([caption.to(dtype) for caption in captions]))
+        temb_BD = embedder.time_embedder(timesteps) + self.story_embedder(conditions, timesteps.device)
+        modulation_B6D = embedder.time_proj(F.silu(temb_BD)).unflatten(1, (6, -1))
         for block in self.blocks:
             args = (x_ND, caption_LD, modulation_B6D, rope, lengths, caption_lengths)
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -161,7 +169,8 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
 
     def _check_inputs(self, inputs, timesteps, conditions, captions) -> None:
         counts = {
-            "inputs": len(inputs), "timesteps": len(timesteps), "conditions": len(conditions), "captions": len(captions)
+            "inputs": len(inputs), "timesteps": len(timesteps),
+            "conditions": len(conditions), "captions": len(captions),
         }  # fmt: skip
         if len(set(counts.values())) != 1:
             raise ValueError(f"one timestep, conditions and caption per clip are expected, found {counts}")
@@ -169,18 +178,19 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for clip in inputs:
             if clip.ndim != 4 or clip.shape[1] != expected:
                 raise ValueError(
-                    f"a clip must be (F, {expected}, H, W) with {expected} = 2 x {self.config.latent_channels} + 1 "
-                    f"channels, found {tuple(clip.shape)}"
+                    f"a clip must be (F, {expected}, H, W) with {expected} = "
+                    f"2 x {self.config.latent_channels} + 1 channels, found {tuple(clip.shape)}"
                 )
         for caption in captions:
             if caption.ndim != 2 or caption.shape[1] != self.config.text_dim or not len(caption):
                 raise ValueError(
-                    f"a caption embedding must be (L, {self.config.text_dim}) with L > 0, found {tuple(caption.shape)}"
+                    f"a caption embedding must be (L, {self.config.text_dim}) with L > 0, "
+                    f"found {tuple(caption.shape)}"
                 )
 
 
 class StoryBlock(nn.Module):
-    """Self-attention within a clip, cross-attention to its caption, feed-forward; AdaLN around the first and the last."""
+    """Self-attention within a clip, cross-attention to its caption, feed-forward; AdaLN on first and last."""
 
     def __init__(self, config: StoryDiTConfig):
         super().__init__()
@@ -205,8 +215,8 @@ class StoryBlock(nn.Module):
         shift1, scale1, gate1, shift3, scale3, gate3 = modulation  # each (B, D), float32
         h_ND = _modulated_norm(x_ND, shift1, scale1, lengths, self.eps)
         x_ND = _gated_residual(x_ND, self.attn1(h_ND, h_ND, lengths, lengths, rope), gate1, lengths)
-        norm2 = self.norm2
-        h_ND = F.layer_norm(x_ND.float(), norm2.normalized_shape, norm2.weight.float(), norm2.bias.float(), self.eps)
+        weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
+        h_ND = F.layer_norm(x_ND.float(), self.norm2.normalized_shape, weight, bias, self.eps)
         x_ND = x_ND + self.attn2(h_ND.to(_compute_dtype(x_ND)), caption_LD, lengths, caption_lengths)
         h_ND = _modulated_norm(x_ND, shift3, scale3, lengths, self.eps)
         return _gated_residual(x_ND, self.ffn(h_ND), gate3, lengths)
@@ -286,8 +296,8 @@ class TextProjection(nn.Module):
 class StoryEmbedder(nn.Module):
     """The clip conditions that the paper adds to the timestep embedding, and the optional frame numbers.
 
-    One embedder per scalar; height and width share one of half the width and are concatenated. An unknown condition is
-    its null vector, never the embedding of 0. Last layers and null vectors start at zero.
+    One embedder per scalar; height and width share one of half the width and are concatenated. An unknown
+    condition is its null vector, never the embedding of 0. Last layers and null vectors start at zero.
     """
 
     def __init__(self, dim: int, freq_dim: int, frame_number: bool):
@@ -320,7 +330,8 @@ class StoryEmbedder(nn.Module):
         if self.frame_number is None:
             return x_ND
         most = max(frames for frames, _, _ in grids)
-        code = self.frame_number(torch.arange(1, most + 1, dtype=torch.float32, device=x_ND.device)).to(x_ND.dtype)
+        numbers = torch.arange(1, most + 1, dtype=torch.float32, device=x_ND.device)
+        code = self.frame_number(numbers).to(x_ND.dtype)
         expanded = [code[:frames].repeat_interleave(h * w, dim=0) for frames, h, w in grids]
         return x_ND + torch.cat(expanded)
 
@@ -342,7 +353,7 @@ class SinusoidMlp(nn.Module):
 
 
 class Float32Linear(nn.Linear):
-    """Computes in float32 whatever autocast and the weights' dtype are: timesteps lose their meaning in bf16."""
+    """Computes in float32 whatever autocast and the weights' dtype are: timesteps mean nothing in bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -350,13 +361,15 @@ class Float32Linear(nn.Linear):
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """What the next products will be computed in: one cast here instead of one in each of them under autocast."""
+    """What the next products will be computed in: one cast here, not one in each under autocast."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _modulated_norm(x_ND: Tensor, shift_BD: Tensor, scale_BD: Tensor, lengths: list[int], eps: float) -> Tensor:
-    """LayerNorm without weights, then (1 + scale) x + shift by clip, computed in float32, for the next products."""
+def _modulated_norm(
+    x_ND: Tensor, shift_BD: Tensor, scale_BD: Tensor, lengths: list[int], eps: float
+) -> Tensor:
+    """LayerNorm without weights, then (1 + scale) x + shift by clip, in float32, for the next products."""
     normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
     # slices, not a gather by segment id: the gather's backward adds rows one by one, in bf16 with 4e-2 error
     parts = zip(shift_BD, normed.split(lengths), 1 + scale_BD, strict=True)
