@@ -44,7 +44,7 @@ class StoryDiTConfig:
     eps: float = 1e-6
     # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
     # positions, so without it a frame can tell its number, which the prompt speaks of, only from its distance
-    # to the clip's ends.
+    # to the clip's ends. For networks trained from scratch: unlike the other new parts it does not start at zero.
     frame_number_embedding: bool = False
 
     def __post_init__(self):
