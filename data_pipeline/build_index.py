@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from omegaconf import MISSING
 from tqdm import tqdm
@@ -37,27 +38,27 @@ from storyanchors.story import Story
 STORY_SUFFIX = ".story.yaml"
 _BY_HAND = "build_index stories=..."
 
-INDEX_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("shard", pa.string()),
-        ("frame_offsets", pa.list_(pa.int64())),
-        ("frame_sizes", pa.list_(pa.int64())),
-        ("frame_crc32", pa.list_(pa.int64())),
-        ("num_frames", pa.int32()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("fps", pa.float64()),
-        ("frame_interval", pa.int32()),
-        ("motion", pa.float64()),
-        ("source", pa.string()),
-        ("caption_run", pa.string()),
-        ("caption_offset", pa.int64()),
-        ("caption_size", pa.int64()),
-        ("global_caption_words", pa.int32()),
-        ("story_words", pa.int32()),
-    ]
-)
+CLIP_COLUMNS = [
+    ("key", pa.string()),
+    ("shard", pa.string()),
+    ("frame_offsets", pa.list_(pa.int64())),
+    ("frame_sizes", pa.list_(pa.int64())),
+    ("frame_crc32", pa.list_(pa.int64())),
+    ("num_frames", pa.int32()),
+    ("height", pa.int32()),
+    ("width", pa.int32()),
+    ("fps", pa.float64()),
+    ("frame_interval", pa.int32()),
+    ("motion", pa.float64()),
+    ("source", pa.string()),
+]
+CAPTION_COLUMNS = [
+    ("caption_run", pa.string()),
+    ("caption_offset", pa.int64()),
+    ("caption_size", pa.int64()),
+    ("global_caption_words", pa.int32()),
+    ("story_words", pa.int32()),
+]
 
 
 @dataclass
@@ -105,67 +106,59 @@ def build_index(
     ValueError, and no index, for a dataset that is not finished, a shard that is not what its marker says,
     captions of a clip that is not there or has another number of frames, and a key that is there twice.
     """
-    if not read_record(dataset).finished:
-        raise ValueError(
-            f"{dataset} is not finished: repeat the command that began it, it continues where it was"
-        )
     if stories and not captions:
         raise ValueError("stories=FOLDER becomes a captions run, name it with captions=NAME")
-    clips = _read_clips(dataset / FRAMES_FOLDER, workers)
-    if not clips:
-        raise ValueError(f"{dataset / FRAMES_FOLDER} holds no clip")
+    shards = _read_shards(dataset, workers)
     if stories:
-        _import_stories(dataset, captions, stories, clips)
-    lines = _read_run(dataset, captions, clips) if captions else {}
-    rows = [_row(clip, captions, lines.get(clip.info.key)) for clip in clips]
-    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
+        _import_stories(dataset, captions, stories, shards)
+    joined = _with_captions(dataset, captions, shards)
+    table = pa.concat_tables(joined).sort_by("key")
+    _check_unique(table)
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(dataset / INDEX_FILE, buffer.getvalue())
     return IndexSummary(
-        num_shards=len({clip.shard for clip in clips}),
-        num_clips=len(clips),
-        num_frames=sum(clip.info.num_frames for clip in clips),
-        num_global_captions=sum(bool(line.record.global_caption) for line in lines.values()),
-        num_stories=sum(line.record.story is not None for line in lines.values()),
+        num_shards=len(shards),
+        num_clips=len(table),
+        num_frames=pc.sum(table["num_frames"]).as_py(),
+        num_global_captions=pc.sum(pc.greater(table["global_caption_words"], 0)).as_py() or 0,
+        num_stories=len(table) - table["story_words"].null_count,
     )
 
 
-@dataclass(frozen=True)
-class _ShardClip:
-    shard: str
-    entry: ClipEntry
-    info: ClipInfo
-
-
-def _read_clips(frames: Path, workers: int | None) -> list[_ShardClip]:
-    """All clips of all finished shards, verified, sorted by key."""
-    clips: dict[str, _ShardClip] = {}
+def _read_shards(dataset: Path, workers: int | None) -> dict[str, pa.Table]:
+    """The clips of every shard, all of them finished and verified, in columns."""
+    record, frames = read_record(dataset), dataset / FRAMES_FOLDER
     names = finished_shards(frames)
+    if not record.finished or len(names) != record.counts.get("shards"):
+        expected = record.counts.get("shards", "more")
+        raise ValueError(
+            f"{dataset} is not finished, found {len(names)} shards with a marker, expected {expected}: "
+            "repeat the command that wrote it, it continues where it was"
+        )
+    shards: dict[str, pa.Table] = {}
     with tqdm(total=len(names), desc="verifying", unit="shard", disable=None) as bar:
-        for of_shard in map_in_order(partial(_read_shard, frames), names, workers=num_workers(workers)):
-            for clip in of_shard:
-                key = clip.info.key
-                if key in clips:
-                    raise ValueError(f"clip {key} is in shard {clips[key].shard} and again in {clip.shard}")
-                clips[key] = clip
+        rows_of_shards = map_in_order(partial(_verified_rows, frames), names, workers=num_workers(workers))
+        for name, rows in zip(names, rows_of_shards, strict=True):
+            shards[name] = pa.Table.from_pylist(rows, schema=pa.schema(CLIP_COLUMNS))
             bar.update()
-    return [clips[key] for key in sorted(clips)]
+    if not any(map(len, shards.values())):
+        raise ValueError(f"{frames} holds no clip")
+    return shards
 
 
-def _read_shard(frames: Path, name: str) -> list[_ShardClip]:
+def _verified_rows(frames: Path, name: str) -> list[dict]:
     marker = read_marker(frames, name)
     entries = read_entries(frames, marker)
     infos = verify_shard(frames, marker, entries)
-    return [_ShardClip(name, entry, info) for entry, info in zip(entries, infos, strict=True)]
+    return [_row(name, entry, info) for entry, info in zip(entries, infos, strict=True)]
 
 
-def _row(clip: _ShardClip, captions: str | None, line: CaptionLine | None) -> dict:
-    info, frames = clip.info, clip.entry.members[:-1]  # the last member is clip.json
-    story = line.record.story if line else None
+def _row(shard: str, entry: ClipEntry, info: ClipInfo) -> dict:
+    frames = entry.members[:-1]  # the last member is clip.json
     return {
         "key": info.key,
-        "shard": clip.shard,
+        "shard": shard,
         "frame_offsets": [member.offset for member in frames],
         "frame_sizes": [member.size for member in frames],
         "frame_crc32": [member.crc32 for member in frames],
@@ -176,44 +169,68 @@ def _row(clip: _ShardClip, captions: str | None, line: CaptionLine | None) -> di
         "frame_interval": info.frame_interval,
         "motion": info.motion,
         "source": info.source,
-        "caption_run": captions if line else None,
-        "caption_offset": line.offset if line else None,
-        "caption_size": line.size if line else None,
-        "global_caption_words": len(line.record.global_caption.split()) if line else None,
+    }
+
+
+def _check_unique(table: pa.Table) -> None:
+    """The table is sorted by key."""
+    keys = table["key"].combine_chunks()
+    same = pc.equal(keys[1:], keys[:-1])
+    if twice := pc.index(same, True).as_py() + 1:
+        one, other = table["shard"][twice - 1].as_py(), table["shard"][twice].as_py()
+        raise ValueError(f"clip {keys[twice]} is in shard {one} and again in {other}")
+
+
+def _with_captions(dataset: Path, captions: str | None, shards: dict[str, pa.Table]) -> list[pa.Table]:
+    """The tables of all shards with the columns of one captions run, null for clips without captions."""
+    if captions is not None:
+        folder, runs = run_folder(dataset, captions), caption_runs(dataset)
+        if captions not in runs:
+            found = ", ".join(runs) or "none"
+            raise ValueError(f"{dataset} has no finished captions run {captions!r}, found {found}")
+        for path in sorted(folder.glob("*.jsonl")):
+            if path.stem not in shards:
+                raise ValueError(f"{path} has captions of shard {path.stem}, which is not there")
+    return [_join_captions(dataset, captions, name, table) for name, table in shards.items()]
+
+
+def _join_captions(dataset: Path, captions: str | None, shard: str, table: pa.Table) -> pa.Table:
+    keys, lengths = table["key"].to_pylist(), table["num_frames"].to_pylist()
+    lines: dict[str, CaptionLine] = {}
+    if captions is not None:
+        path = run_folder(dataset, captions) / f"{shard}.jsonl"
+        num_frames = dict(zip(keys, lengths))
+        for line in read_captions(dataset, captions, shard):
+            record = line.record
+            if record.key not in num_frames:
+                raise ValueError(f"{path} has captions of {record.key}, which is no clip of shard {shard}")
+            if record.key in lines:
+                raise ValueError(f"{path} has two captions of {record.key}")
+            if record.story and record.story.num_frames != num_frames[record.key]:
+                raise ValueError(
+                    f"{path}: the story of {record.key} has {record.story.num_frames} frames, "
+                    f"the clip {num_frames[record.key]}"
+                )
+            lines[record.key] = line
+    rows = [_caption_row(captions, lines.get(key)) for key in keys]
+    columns = pa.Table.from_pylist(rows, schema=pa.schema(CAPTION_COLUMNS))
+    return pa.table(table.columns + columns.columns, schema=pa.schema(CLIP_COLUMNS + CAPTION_COLUMNS))
+
+
+def _caption_row(captions: str | None, line: CaptionLine | None) -> dict:
+    if line is None:
+        return {}
+    story = line.record.story
+    return {
+        "caption_run": captions,
+        "caption_offset": line.offset,
+        "caption_size": line.size,
+        "global_caption_words": len(line.record.global_caption.split()),
         "story_words": len(story.prompt().split()) if story else None,
     }
 
 
-def _read_run(dataset: Path, captions: str, clips: list[_ShardClip]) -> dict[str, CaptionLine]:
-    """The captions of a run by key; every one must belong to a clip of its shard and fit its frames."""
-    folder = run_folder(dataset, captions)
-    runs = caption_runs(dataset)
-    if captions not in runs:
-        raise ValueError(
-            f"{dataset} has no finished captions run {captions!r}, found {', '.join(runs) or 'none'}"
-        )
-    by_key = {clip.info.key: clip for clip in clips}
-    lines: dict[str, CaptionLine] = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in read_captions(dataset, captions, path.stem):
-            record = line.record
-            clip = by_key.get(record.key)
-            if clip is None or clip.shard != path.stem:
-                raise ValueError(
-                    f"{path} has captions of {record.key}, which is no clip of shard {path.stem}"
-                )
-            if record.key in lines:
-                raise ValueError(f"{path} has two captions of {record.key}")
-            if record.story and record.story.num_frames != clip.info.num_frames:
-                raise ValueError(
-                    f"{path}: the story of {record.key} has {record.story.num_frames} frames, "
-                    f"the clip {clip.info.num_frames}"
-                )
-            lines[record.key] = line
-    return lines
-
-
-def _import_stories(dataset: Path, captions: str, stories: Path, clips: list[_ShardClip]) -> None:
+def _import_stories(dataset: Path, captions: str, stories: Path, shards: dict[str, pa.Table]) -> None:
     """Writes captions run `captions` from hand-written story files, matched by the video's name."""
     if captions in caption_runs(dataset) and (maker := read_run_maker(dataset, captions)) != _BY_HAND:
         raise ValueError(
@@ -221,27 +238,28 @@ def _import_stories(dataset: Path, captions: str, stories: Path, clips: list[_Sh
         )
     if not stories.is_dir():
         raise ValueError(f"stories={stories} is not a folder")
-    by_stem: dict[str, list[_ShardClip]] = {}
-    for clip in clips:
-        by_stem.setdefault(PurePosixPath(clip.info.source).stem, []).append(clip)
-    records: dict[str, list[CaptionRecord]] = {clip.shard: [] for clip in clips}
-    for stem, found in by_stem.items():
-        path = stories / f"{stem}{STORY_SUFFIX}"
+    clips_of_video: dict[str, list[dict]] = {}
+    for table in shards.values():
+        for clip in table.select(["key", "shard", "source", "num_frames", "frame_interval"]).to_pylist():
+            clips_of_video.setdefault(PurePosixPath(clip["source"]).stem, []).append(clip)
+    records: dict[str, list[CaptionRecord]] = {shard: [] for shard in shards}
+    for video, clips in clips_of_video.items():
+        path = stories / f"{video}{STORY_SUFFIX}"
         if not path.is_file():
             continue
-        if len(found) > 1:
-            raise ValueError(f"{path} is one story, but {len(found)} clips come from a video of that name")
-        story, [clip] = Story.from_file(path), found
-        if story.num_frames != clip.info.num_frames:
+        if len(clips) > 1:
+            raise ValueError(f"{path} is one story, but {len(clips)} clips come from a video of that name")
+        story, [clip] = Story.from_file(path), clips
+        if story.num_frames != clip["num_frames"]:
             raise ValueError(
-                f"{path} tells {story.num_frames} frames, its clip has {clip.info.num_frames} "
-                f"(frame_interval={clip.info.frame_interval})"
+                f"{path} tells {story.num_frames} frames, its clip has {clip['num_frames']} "
+                f"(frame_interval={clip['frame_interval']})"
             )
-        records[clip.shard].append(CaptionRecord(clip.info.key, story.global_caption, story))
+        records[clip["shard"]].append(CaptionRecord(clip["key"], story.global_caption, story))
     if not any(records.values()):
-        expected = f"{min(by_stem)}{STORY_SUFFIX}"
         raise ValueError(
-            f"{stories} has no story file for any of {len(by_stem)} videos, expected e.g. {expected}"
+            f"{stories} has no story file for any of {len(clips_of_video)} videos, "
+            f"expected e.g. {min(clips_of_video, default='video')}{STORY_SUFFIX}"
         )
     for shard, of_shard in records.items():
         write_captions(dataset, captions, shard, of_shard)

@@ -59,23 +59,22 @@ class StoryFrame:
     motion: float | None = None  # mean absolute luma difference to the next source frame, levels of 255
 
 
-def cut_video(
-    video: Video, recipe: Recipe, folder: Path, name: str, count_clips: Callable[[int], None]
-) -> None:
+def cut_video(video: Video, recipe: Recipe, folder: Path, name: str, progress: Callable[[int], None]) -> None:
     """Writes shard `name` with the clips of one video; one that is unusable gives a shard without clips.
 
-    count_clips hears 1 for every clip, and the negative sum where the clips so far are thrown away.
+    progress hears how many clips there are so far; that may go back, where they are cut again or rejected.
     """
     try:
         facts = read_facts(video.path)
         if plan_is_worthwhile(facts, recipe.wants):
             try:
-                return _write_clips(video, facts, "planned", recipe, folder, name, count_clips)
+                return _write_clips(video, facts, "planned", recipe, folder, name, progress)
             except Inexact:
                 pass
-        _write_clips(video, facts, "sequential", recipe, folder, name, count_clips)
+        _write_clips(video, facts, "sequential", recipe, folder, name, progress)
     except VideoError as error:
         write_rejection(video.id, str(error), folder, name)
+        progress(0)
 
 
 def write_rejection(video_id: str, reason: str, folder: Path, name: str) -> None:
@@ -110,25 +109,21 @@ def _write_clips(
     recipe: Recipe,
     folder: Path,
     name: str,
-    count_clips: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> None:
     decode = planned_frames if decoding == "planned" else sequential_frames
     frames = story_frames(decode(facts, recipe.wants), recipe, facts.sample_aspect)
     num_clips = num_frames = short_rest = 0
     with ShardWriter(folder, name) as shard:
-        try:
-            while clip := list(islice(frames, recipe.max_frames)):
-                last = clip[-1]
-                if len(clip) < recipe.min_frames:
-                    short_rest = len(clip)
-                    continue
-                info = _clip_info(f"{video.key}-{num_clips:05d}", video, clip, facts, recipe)
-                shard.add(info.key, StoryClip(info, [frame.image for frame in clip]).to_members())
-                num_clips, num_frames = num_clips + 1, num_frames + len(clip)
-                count_clips(1)
-        except (Inexact, VideoError):
-            count_clips(-num_clips)
-            raise
+        while clip := list(islice(frames, recipe.max_frames)):
+            last = clip[-1]
+            if len(clip) < recipe.min_frames:
+                short_rest = len(clip)
+                continue
+            info = _clip_info(f"{video.key}-{num_clips:05d}", video, clip, facts, recipe)
+            shard.add(info.key, StoryClip(info, [frame.image for frame in clip]).to_members())
+            num_clips, num_frames = num_clips + 1, num_frames + len(clip)
+            progress(num_clips)
         num_source_frames = len([packet for packet in facts.packets if not packet.is_discard])
         report = VideoReport(
             video=video.id,

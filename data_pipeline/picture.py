@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import sqrt
 
 import numpy as np
+from av import FFmpegError
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 from PIL import Image
@@ -107,15 +108,20 @@ def motion_between(before: np.ndarray, after: np.ndarray) -> float:
 def _reformat(
     picture: VideoFrame, form: PictureForm, width: int, height: int, pixel_format: str
 ) -> VideoFrame:
-    return picture.reformat(
-        width=width,
-        height=height,
-        format=pixel_format,
-        src_colorspace=Colorspace(5 if form.matrix in (0, 6) else form.matrix),
-        src_color_range=ColorRange(picture.color_range),
-        interpolation=_SCALER,
-        threads=1,
-    )
+    try:
+        return picture.reformat(
+            width=width,
+            height=height,
+            format=pixel_format,
+            src_colorspace=Colorspace(5 if form.matrix in (0, 6) else form.matrix),
+            src_color_range=ColorRange(picture.color_range),
+            interpolation=_SCALER,
+            threads=1,
+        )
+    except FFmpegError as error:
+        raise VideoError(
+            f"pixels of format {picture.format.name} cannot be converted: {error.strerror}"
+        ) from error
 
 
 def _multiples_near(length: float, max_pixels: int) -> list[int]:

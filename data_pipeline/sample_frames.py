@@ -11,36 +11,28 @@ used are named in DATASET/rejected.jsonl. Stopped or killed, the same command co
 import dataclasses
 import hashlib
 import json
+import os
 import re
-import shutil
 import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import Value
-from multiprocessing.sharedctypes import Synchronized
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 
+import numpy as np
 from omegaconf import MISSING
 from tqdm import tqdm
 
 from conf.command import Stopped, run
 from data_pipeline.clip_cutter import Recipe, Video, cut_video, write_rejection
-from data_pipeline.dataset import (
-    FRAMES_FOLDER,
-    DatasetRecord,
-    Number,
-    finish,
-    tool_versions,
-    write_atomically,
-    writing,
-)
-from data_pipeline.shard_reader import read_clips, read_marker
-from data_pipeline.shard_writer import ShardMarker, ShardWriter, VideoReport
+from data_pipeline.dataset import DatasetRecord, Number, finish, tool_versions, write_atomically, writing
+from data_pipeline.shard_parts import Part, PlannedShard, plan_shards, remove_parts
+from data_pipeline.shard_writer import VideoReport
 from data_pipeline.worker_pool import num_workers, run_isolated
 from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES
 
@@ -48,7 +40,6 @@ VIDEO_SUFFIXES = set(
     ".mp4 .m4v .mov .mkv .webm .avi .ts .m2ts .mts .mpg .mpeg .flv .wmv .ogv .3gp .mxf .h264 .hevc".split()
 )
 LIST_SUFFIX = ".txt"
-PARTS_FOLDER = "parts"  # finished videos of unfinished shards
 VIDEOS_FILE = "videos.jsonl"
 REJECTED_FILE = "rejected.jsonl"
 MIN_PIXELS = 16 * 16
@@ -88,23 +79,13 @@ class SampleFramesConfig:
         return Recipe(self.frame_interval, self.max_frames, self.min_frames, self.max_pixels)
 
 
-@dataclass(frozen=True)
-class Part:
-    """One video's share of a shard: written by its own process as a shard of its own, then joined."""
-
-    shard: str
-    name: str
-    video: Video
-
-
 def main(config: SampleFramesConfig) -> None:
     videos = find_videos(Path(config.videos))
     out = Path(config.out)
-    with _stopping(out):
-        started = time.monotonic()
-        counts, num_new_clips = sample_frames(videos, out, config)
-    elapsed = time.monotonic() - started
-    print(_summary(counts, out, num_new_clips, elapsed))
+    started = time.monotonic()
+    with _stop_signals() as stop_requested:
+        counts, num_new_clips = sample_frames(videos, out, config, stop_requested)
+    print(_summary(counts, out, num_new_clips, time.monotonic() - started))
 
 
 def find_videos(where: Path) -> list[Video]:
@@ -113,7 +94,7 @@ def find_videos(where: Path) -> list[Video]:
         paths = [
             path for path in where.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
         ]
-        videos = [_video(path.relative_to(where).as_posix(), path) for path in paths]
+        videos = [_video(_as_text(path.relative_to(where)), path) for path in paths]
         if not videos:
             raise ValueError(f"found no video in {where}, looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
     elif where.suffix == LIST_SUFFIX and where.is_file():
@@ -125,84 +106,96 @@ def find_videos(where: Path) -> list[Video]:
             raise ValueError(f"{where} lists {twice[0]} more than once")
         videos = [_video(name, where.parent / name) for name in names]
     elif where.is_file():
-        videos = [_video(where.name, where)]
+        videos = [_video(_as_text(Path(where.name)), where)]
     else:
         raise ValueError(f"videos={where}: no such folder, {LIST_SUFFIX} list or video")
     return sorted(videos, key=lambda video: video.key)
 
 
 def sample_frames(
-    videos: list[Video], out: Path, config: SampleFramesConfig
+    videos: list[Video],
+    out: Path,
+    config: SampleFramesConfig,
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> tuple[dict[str, Number], int]:
     """Writes, or goes on writing, the dataset; returns its counts and how many of the clips are new.
 
-    The videos of a shard are fixed from the start, so neither the workers nor a kill change what comes out.
+    Raises Stopped soon after stop_requested() is true; calling it again continues.
     """
-    recipe = config.recipe
     record = DatasetRecord(
         made_by="sample_frames",
-        config=dataclasses.asdict(recipe) | {"videos_per_shard": config.videos_per_shard},
+        config=dataclasses.asdict(config.recipe) | {"videos_per_shard": config.videos_per_shard},
         tool=tool_versions("av", "numpy"),
         license_note=config.license_note,
     )
     with writing(out, record):
         _begin_video_list(out, videos)
-        shards = _plan_shards(videos, config.videos_per_shard)
-        frames = out / FRAMES_FOLDER
-        markers = {name: read_marker(frames, name) for name in shards if (frames / f"{name}.json").exists()}
-        unfinished = {name: parts for name, parts in shards.items() if name not in markers}
-        num_new_clips = Value("q", 0)
-
-        def cut(part: Part) -> None:
-            cut_video(
-                part.video, recipe, _parts_folder(out, part.shard), part.name, partial(_count, num_new_clips)
-            )
-
-        missing = {
-            name: [part for part in parts if not _is_done(out, part)] for name, parts in unfinished.items()
-        }
-        num_done = len(videos) - sum(map(len, missing.values()))
-        rejected = [report for marker in markers.values() for report in marker.videos if report.rejected]
-        with _progress(len(videos), num_done) as bar:
-
-            def show() -> None:
-                clips = num_new_clips.value
-                rate = clips / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(
-                    f"{clips} clips, {rate:.1f} clips/s, {len(rejected)} rejected", refresh=False
-                )
-                bar.update(0)
-
-            for name, parts in missing.items():
-                _parts_folder(out, name).mkdir(parents=True, exist_ok=True)
-                if not parts:
-                    markers[name] = _join(out, name, shards[name])
-            tasks = [part for parts in missing.values() for part in parts]
-            workers = num_workers(config.workers)
-            for part, death in run_isolated(
-                cut, tasks, workers=workers, timeout_s=config.timeout_s, tick=show
-            ):
-                folder = _parts_folder(out, part.shard)
-                if death:
-                    write_rejection(part.video.id, death, folder, part.name)
-                rejected += [report for report in read_marker(folder, part.name).videos if report.rejected]
-                missing[part.shard].remove(part)
-                bar.update()
-                if not missing[part.shard]:
-                    markers[part.shard] = _join(out, part.shard, shards[part.shard])
-                    _write_rejected(out, rejected)
-        shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
-        reports = [report for name in sorted(markers) for report in markers[name].videos]
-        _write_rejected(out, [report for report in reports if report.rejected])
+        shards = plan_shards(out, videos, config.videos_per_shard)
+        num_new_clips = _cut_missing(shards, config, stop_requested)
+        reports = [report for shard in shards for report in shard.read_marker().videos]
+        _write_rejected(out, reports)
+        remove_parts(out)
         counts = _counts(reports, len(shards))
         finish(out, record, counts)
-    return counts, num_new_clips.value
+    return counts, num_new_clips
+
+
+def _cut_missing(
+    shards: list[PlannedShard], config: SampleFramesConfig, stop_requested: Callable[[], bool]
+) -> int:
+    """Cuts all videos that are in no part yet, joins the parts of whole shards; returns the clips it cut."""
+    missing: dict[PlannedShard, list[Part]] = {}
+    for shard in shards:
+        if shard.is_finished():
+            continue
+        if parts := shard.missing_parts():
+            missing[shard] = parts
+        else:
+            shard.join()
+    tasks = [part for parts in missing.values() for part in parts]
+    clips_of_task = np.frombuffer(RawArray("q", max(1, len(tasks))), np.int64)  # each process writes its own
+
+    def cut(task: int) -> None:
+        part = tasks[task]
+        progress = partial(clips_of_task.__setitem__, task)
+        cut_video(part.video, config.recipe, part.shard.parts_folder, part.name, progress)
+
+    with _progress(sum(len(shard.videos) for shard in shards), len(tasks)) as bar:
+
+        def tick() -> None:
+            if stop_requested():
+                raise Stopped(f"{bar.n} of {bar.total} videos are done; the same command continues")
+            clips = int(clips_of_task.sum())
+            rate = clips / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{clips} clips, {rate:.1f} clips/s", refresh=False)
+            bar.update(0)
+
+        workers = num_workers(config.workers)
+        outcomes = run_isolated(
+            cut, range(len(tasks)), workers=workers, timeout_s=config.timeout_s, tick=tick
+        )
+        for task, death in outcomes:
+            part = tasks[task]
+            if death:
+                write_rejection(part.video.id, death, part.shard.parts_folder, part.name)
+                clips_of_task[task] = 0
+            missing[part.shard].remove(part)
+            if not missing[part.shard]:
+                part.shard.join()
+            bar.update()
+        tick()
+    return int(clips_of_task.sum())
 
 
 def _video(video_id: str, path: Path) -> Video:
     """The key has a readable half and one that is unique."""
     readable = re.sub("[^a-z0-9]+", "-", Path(video_id).stem.lower())[:40].strip("-") or "video"
     return Video(video_id, path, f"{readable}-{hashlib.sha1(video_id.encode()).hexdigest()[:12]}")
+
+
+def _as_text(path: Path) -> str:
+    """A path as an id that can be written down, whatever bytes its name is made of."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def _begin_video_list(out: Path, videos: list[Video]) -> None:
@@ -227,45 +220,9 @@ def _begin_video_list(out: Path, videos: list[Video]) -> None:
         )
 
 
-def _plan_shards(videos: list[Video], videos_per_shard: int) -> dict[str, list[Part]]:
-    shards: dict[str, list[Part]] = {}
-    for number, video in enumerate(videos):
-        shard, place = divmod(number, videos_per_shard)
-        name = f"{shard:06d}"
-        shards.setdefault(name, []).append(Part(name, f"{place:06d}", video))
-    return shards
-
-
-def _parts_folder(out: Path, shard: str) -> Path:
-    return out / PARTS_FOLDER / shard
-
-
-def _is_done(out: Path, part: Part) -> bool:
-    return (_parts_folder(out, part.shard) / f"{part.name}.json").exists()
-
-
-def _join(out: Path, name: str, parts: list[Part]) -> ShardMarker:
-    """The parts of a shard, in order, become the shard."""
-    folder = _parts_folder(out, name)
-    reports: list[VideoReport] = []
-    with ShardWriter(out / FRAMES_FOLDER, name) as shard:
-        for part in parts:
-            marker = read_marker(folder, part.name)
-            for key, members in read_clips(folder, marker):
-                shard.add(key, members)
-            reports += marker.videos
-        joined = shard.finish(reports)
-    shutil.rmtree(folder)
-    return joined
-
-
-def _count(counter: Synchronized, clips: int) -> None:
-    with counter.get_lock():
-        counter.value += clips
-
-
 def _write_rejected(out: Path, reports: list[VideoReport]) -> None:
-    lines = [json.dumps({"video": report.video, "reason": report.rejected}) + "\n" for report in reports]
+    rejected = sorted((report for report in reports if report.rejected), key=lambda report: report.video)
+    lines = [json.dumps({"video": report.video, "reason": report.rejected}) + "\n" for report in rejected]
     write_atomically(out / REJECTED_FILE, "".join(lines).encode())
 
 
@@ -297,24 +254,26 @@ def _summary(counts: dict[str, Number], out: Path, num_new_clips: int, elapsed_s
     )
 
 
-def _progress(num_videos: int, num_done: int) -> tqdm:
+def _progress(num_videos: int, num_missing: int) -> tqdm:
     """A bar on a terminal, a line now and then in a log."""
     tqdm.monitor_interval = 0  # its thread would be in the way of fork
-    return tqdm(
-        total=num_videos, initial=num_done, unit="video", mininterval=0.2 if sys.stderr.isatty() else 30
-    )
+    interval_s = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(total=num_videos, initial=num_videos - num_missing, unit="video", mininterval=interval_s)
 
 
 @contextmanager
-def _stopping(out: Path) -> Iterator[None]:
-    """Ctrl-C and SIGTERM stop between two files; nothing that is done is lost."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C or SIGTERM came. They only set a flag: an exception may get lost in a fork."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
-        yield
-    except KeyboardInterrupt:
-        raise Stopped(f"{out} is not finished; the same command continues") from None
+        yield lambda: bool(received)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

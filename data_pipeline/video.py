@@ -245,10 +245,13 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream, list[Mess
 
 
 def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise VideoError("no such file")
-    if path.stat().st_size == 0:
-        raise VideoError("an empty file: 0 bytes")
+    try:
+        if not path.is_file():
+            raise VideoError("no such file")
+        if path.stat().st_size == 0:
+            raise VideoError("an empty file: 0 bytes")
+    except OSError as error:
+        raise VideoError(f"cannot be read: {error.strerror}") from error
 
 
 def _in_words(error: av.FFmpegError) -> str:

@@ -1,11 +1,11 @@
 """Processes for the tasks of a job: one each where a task may kill its process, else a pool of them."""
 
 import ctypes
+import logging
 import os
 import signal
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -13,6 +13,8 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TypeVar
+
+log = logging.getLogger(__name__)
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -45,13 +47,13 @@ class _Running:
 
 def run_isolated(
     work: Callable[[Task], None],
-    tasks: list[Task],
+    tasks: Sequence[Task],
     *,
     workers: int,
     timeout_s: float,
     tick: Callable[[], None],
 ) -> Iterator[tuple[Task, str | None]]:
-    """A process per task; yields (task, None) as each is done, or (task, why its process died) in words.
+    """A process per task; yields (task, None) as each is done, or (task, why it was not) in words.
 
     Whatever a task does to its process, the others go on. But an OSError of a task (a full disk, say) ends
     the job: it is raised here. tick() is called every TICK_S.
@@ -95,8 +97,9 @@ def _run(work: Callable[[Task], None], task: Task, messages: Connection, parent:
         work(task)
     except OSError as error:
         messages.send(error)
-    except Exception:
-        messages.send(RuntimeError(traceback.format_exc()))
+    except Exception as error:  # whatever one task stumbles over, it is named and the others go on
+        log.exception("task %s failed", task)
+        messages.send(f"unexpected {type(error).__name__}: {str(error)[:200]}")
 
 
 def _die_with(parent: int) -> None:
@@ -108,11 +111,14 @@ def _die_with(parent: int) -> None:
 
 def _verdict(one: _Running) -> str | None:
     one.process.join()
-    if one.messages.poll():
-        try:
-            raise one.messages.recv()
-        except EOFError:
-            pass
+    try:
+        message = one.messages.recv() if one.messages.poll() else None
+    except EOFError:
+        message = None
+    if isinstance(message, OSError):
+        raise message
+    if message:
+        return message
     code = one.process.exitcode
     if code == 0:
         return None

@@ -100,7 +100,13 @@ def test_a_full_disk_is_one_error_and_the_job_continues_when_there_is_room(short
     assert done.returncode == 0 and "rejected       2" in done.stdout
 
 
-def test_commands_also_run_as_modules_and_explain_themselves():
-    for name in ("sample_frames", "build_index", "write_story_world"):
-        shown = run_script("-m", f"data_pipeline.{name}", "--help")
-        assert shown.returncode == 0 and f"python data_pipeline/{name}.py" in shown.stdout
+@pytest.mark.parametrize("name", ["sample_frames", "build_index", "write_story_world"])
+def test_a_command_explains_itself(command, name):
+    status, printed, _ = command(name, "--help")
+    assert status == 0 and f"python data_pipeline/{name}.py" in printed
+
+
+def test_commands_also_run_as_modules(tmp_path):
+    refused = run_script("-m", "data_pipeline.build_index", f"dataset={tmp_path}")
+    assert refused.returncode == 1
+    assert refused.stderr == f"error: {tmp_path} is not a dataset: found no dataset.json in it\n"

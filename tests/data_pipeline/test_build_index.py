@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_pipeline.build_index import build_index
 from data_pipeline.captions import read_captions, write_captions, write_run
-from data_pipeline.shard_reader import read_clips, read_marker
+from data_pipeline.shard_reader import finished_shards, read_clips, read_marker
 from data_pipeline.shard_writer import ShardWriter
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip, encode_jpeg
 from storyanchors.story import Event, Story
@@ -55,7 +55,7 @@ def dataset(tmp_path):
     write_shard(folder / "frames", "000000", [0, 1])
     write_shard(folder / "frames", "000001", [2, 3])
     record = {"schema_version": 1, "made_by": "a test", "config": {}, "tool": {}, "license_note": ""}
-    (folder / "dataset.json").write_text(json.dumps(record | {"finished": True, "counts": {}}))
+    (folder / "dataset.json").write_text(json.dumps(record | {"finished": True, "counts": {"shards": 2}}))
     write_captions(folder, "run-1", "000000", [CaptionRecord(KEY.format(k), "Hi.", story(3)) for k in (1, 0)])
     write_captions(folder, "run-1", "000001", [CaptionRecord(KEY.format(2), "She waits at night.")])
     write_run(folder, "run-1", "a test")
@@ -111,7 +111,9 @@ def test_webdataset_decodes_the_shards(dataset):
 
 def test_a_tar_without_its_marker_does_not_exist(dataset):
     (dataset / "frames" / "000001.json").unlink()
-    assert build_index(dataset).num_clips == 2
+    assert finished_shards(dataset / "frames") == ["000000"]
+    with pytest.raises(ValueError, match="found 1 shards with a marker, expected 2"):
+        build_index(dataset)
 
 
 def test_stories_by_hand_become_a_captions_run(command, dataset, tmp_path):
@@ -221,7 +223,11 @@ SPOILED_SHARDS = {
     "is not finished": lambda ds: rewrite(ds / "dataset.json", lambda c: c.replace(b"true", b"false")),
     "is not the record of a dataset": lambda ds: (ds / "dataset.json").write_text("{}"),
     "is not a dataset: found no dataset.json": lambda ds: (ds / "dataset.json").unlink(),
-    "no clip": lambda ds: shutil.rmtree(ds / "frames"),
+    "found 0 shards with a marker, expected 2": lambda ds: shutil.rmtree(ds / "frames"),
+    "holds no clip": lambda ds: [write_shard(ds / "frames", name, []) for name in ("000000", "000001")],
+    "000009.jsonl has captions of shard 000009, which is not there": lambda ds: write_captions(
+        ds, "run-1", "000009", [CaptionRecord(KEY.format(9), "Hi.")]
+    ),
 }
 
 

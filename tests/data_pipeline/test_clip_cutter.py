@@ -8,10 +8,10 @@ from storyanchors.clip import StoryClip
 RECIPE = Recipe(frame_interval=69, max_frames=24, min_frames=3, max_pixels=409_600)
 
 
-def cut(path, recipe, folder, count=lambda clips: None) -> tuple[list[StoryClip], object]:
+def cut(path, recipe, folder, progress=lambda clips: None) -> tuple[list[StoryClip], object]:
     """The clips of one video, read back from the shard, and its report."""
     folder.mkdir(exist_ok=True)
-    cut_video(Video("a/film.mp4", path, "film-0123"), recipe, folder, "000000", count)
+    cut_video(Video("a/film.mp4", path, "film-0123"), recipe, folder, "000000", progress)
     marker = read_marker(folder, "000000")
     clips = [StoryClip.from_members(members) for _, members in read_clips(folder, marker)]
     return clips, marker.videos[0]
@@ -37,13 +37,13 @@ def test_any_interval(videos, film, tmp_path, frame_interval):
 
 
 def test_a_long_video_gives_several_clips_and_a_short_rest_is_reported(videos, film, tmp_path):
-    counted = []
+    heard = []
     recipe = Recipe(frame_interval=9, max_frames=6, min_frames=5, max_pixels=409_600)  # 22 story frames
-    clips, report = cut(videos["h264 with B-frames"], recipe, tmp_path, counted.append)
+    clips, report = cut(videos["h264 with B-frames"], recipe, tmp_path, heard.append)
     assert [clip.info.key for clip in clips] == ["film-0123-00000", "film-0123-00001", "film-0123-00002"]
     assert [number for clip in clips for number in clip.info.frame_numbers] == list(range(0, 180, 10))
     assert (report.num_clips, report.num_frames, report.short_rest) == (3, 18, 4)
-    assert sum(counted) == 3
+    assert heard == [1, 2, 3]
 
 
 def test_a_video_shorter_than_a_clip_is_a_short_rest(videos, tmp_path):
@@ -51,16 +51,16 @@ def test_a_video_shorter_than_a_clip_is_a_short_rest(videos, tmp_path):
     assert clips == [] and report.short_rest == 2 and report.rejected is None
 
 
-def test_clips_thrown_away_for_the_sequential_way_are_counted_back(videos, tmp_path):
-    counted = []
-    recipe = Recipe(frame_interval=1, max_frames=10, min_frames=1, max_pixels=409_600)
+def test_clips_before_the_damage_do_not_count(videos, tmp_path):
+    heard = []
+    recipe = Recipe(frame_interval=0, max_frames=3, min_frames=1, max_pixels=409_600)
     flipped = bytearray(videos["h264 with B-frames"].read_bytes())
     for at in np.random.default_rng(0).integers(2000, len(flipped) // 2, 30):
         flipped[at] ^= 0x55
     (tmp_path / "flipped.mp4").write_bytes(flipped)
-    clips, report = cut(tmp_path / "flipped.mp4", recipe, tmp_path / "part", counted.append)
+    clips, report = cut(tmp_path / "flipped.mp4", recipe, tmp_path / "part", heard.append)
     assert clips == [] and "damaged near frame" in report.rejected
-    assert sum(counted) == 0
+    assert heard[0] == 1 and heard[-1] == 0
 
 
 def test_the_facts_of_a_clip(videos, tmp_path):
