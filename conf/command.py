@@ -1,4 +1,4 @@
-"""One habit for every command: `key=value` overrides over conf/<name>.yaml, typed by a dataclass, errors in one line.
+"""One habit for every command: `key=value` over conf/<name>.yaml, typed by a dataclass, errors in one line.
 
 Exit status: 0 done, 1 the user's error (one line on stderr), 75 stopped on purpose and resumable.
 Past `run` there are typed objects, no DictConfig, and nothing is ever instantiated from a name in a file.
@@ -44,7 +44,7 @@ def run(main: Callable[[Config], None], schema: type[Config], name: str) -> None
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
-    except (ValueError, OSError) as error:  # what a user can mend; anything else is our fault and keeps its traceback
+    except (ValueError, OSError) as error:  # what a user can mend; our own faults keep their traceback
         if os.environ.get("STORYANCHORS_TRACEBACK"):
             raise
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -85,8 +85,8 @@ def _explain(error: Exception, name: str) -> str:
     full_key = getattr(cause, "full_key", None)
     if isinstance(error, OverrideParseException):
         return (
-            f"cannot read the argument {error.override!r}, expected key=value; a value of more than letters, digits "
-            "and -_./ needs quotes inside the shell's: \"key='value'\""
+            f"cannot read the argument {error.override!r}, expected key=value; a value of more than letters, "
+            "digits and -_./ needs quotes inside the shell's: \"key='value'\""
         )
     if text.startswith("Ambiguous value for argument"):
         return f"{text}; a list is written key=[a,b], a text with a comma \"key='a,b'\""

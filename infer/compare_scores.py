@@ -1,4 +1,4 @@
-"""Prints score files of score_story_world.py side by side, one column each, with the true frames' scores last.
+"""Prints score files of score_story_world.py side by side, one column each, the true frames' scores last.
 
 python infer/compare_scores.py scores=[runs/demo/untrained.json,runs/demo/stage1.json]
 """

@@ -1,1 +1,1 @@
-"""The language that data_pipeline/, train/ and infer/ share: stories, clips, conditioning, network, flow, codec, sampler."""
+"""What data_pipeline/, train/ and infer/ share: stories, clips, conditioning, network, flow, codec."""

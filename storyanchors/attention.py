@@ -15,8 +15,8 @@ def packed_attention(
 ) -> Tensor:
     """(N, A, K), (M, A, K), (M, A, K) -> (N, A, K); clip i owns q_lengths[i] queries and k_lengths[i] keys.
 
-    One call per clip: a clip of a real model has thousands of tokens, so launches cost nothing, and SDPA picks the
-    fastest kernel of the device.
+    One call per clip: a clip of a real model has thousands of tokens, so launches cost nothing, and SDPA
+    picks the fastest kernel of the device.
     """
     q_lengths, k_lengths = list(q_lengths), list(k_lengths)
     clips = zip(q_NAK.split(q_lengths), k_MAK.split(k_lengths), v_MAK.split(k_lengths), strict=True)
@@ -25,7 +25,8 @@ def packed_attention(
 
 def _attend(q_NAK: Tensor, k_MAK: Tensor, v_MAK: Tensor) -> Tensor:
     q, k, v = (x.transpose(0, 1) for x in (q_NAK, k_MAK, v_MAK))  # (A, S, K)
-    # On a CPU, scores that fit its cache are twice as fast written out (forward and backward, bf16, 512 tokens).
+    # On a CPU, scores that fit its cache are twice as fast written out (forward and backward, bf16, 512
+    # tokens).
     if q.device.type == "cpu" and q.shape[1] * k.shape[1] <= 1024 * 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)
         return (scores.softmax(-1) @ v).transpose(0, 1)

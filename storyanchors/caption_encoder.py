@@ -1,4 +1,4 @@
-"""Prompt -> embeddings. Encoders are plain frozen objects; what is trained is the network's own text projection.
+"""Prompt -> embeddings. Encoders are plain frozen objects; trained is the network's own text projection.
 
 Legend: L tokens of one text, T text_dim.
 """
@@ -21,11 +21,12 @@ from storyanchors.weights import part_folder, read_json
 
 
 class WordEncoder:
-    """A caption encoder without weights, for tiny models: every word of any language has its own fixed random vector.
+    """A caption encoder without weights, for tiny models: every word has its own fixed random vector.
 
-    A token's embedding is [its word | the words before it, fading by half each | the frames its line speaks of], 64 numbers
-    each: what a pre-trained text encoder knows of a word's surroundings, in its plainest form. The frames of a line
-    "[3-5] ..." are the sum of the vectors of frames 3, 4 and 5; lines without a range have zeros there.
+    A token's embedding is [its word | the words before it, fading by half each | the frames its line speaks
+    of], 64 numbers each: what a pre-trained text encoder knows of a word's surroundings, in its plainest
+    form. The frames of a line "[3-5] ..." are the sum of the vectors of frames 3, 4 and 5; lines without a
+    range have zeros there.
     """
 
     part_dim = 64
@@ -33,7 +34,7 @@ class WordEncoder:
     max_tokens = 4096
 
     def encode(self, texts: list[str]) -> list[Tensor]:
-        """-> one (L_i, 192) tensor per text; "" is one token of zeros. ValueError for more than max_tokens words."""
+        """One (L_i, 192) tensor per text; "" is one token of zeros. ValueError above max_tokens words."""
         return [self._encode_one(text) for text in texts]
 
     def count_tokens(self, text: str) -> int:
@@ -80,7 +81,7 @@ def _words(line: str) -> list[str]:
 
 @lru_cache(maxsize=65536)
 def _vector(word: str, dim: int) -> np.ndarray:
-    """A unit-variance normal vector that depends on the word alone; the same on every machine (SHA-256, not hash())."""
+    """A normal vector that depends on the word alone, the same on every machine (SHA-256, not hash())."""
     seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:7], "big")
     return np.random.Generator(np.random.Philox(seed)).standard_normal(dim, dtype=np.float32)
 

@@ -1,4 +1,4 @@
-"""Story frames <-> normalised latents. A codec encodes every frame alone: story frames are never merged in time.
+"""Story frames <-> normalised latents. A codec encodes every frame alone: they are never merged in time.
 
 Codecs are plain objects with two verbs, encode and decode; they are not part of what is trained.
 Legend: N frames, C latent channels, h w latent size, P pixels' values of one patch (3 p p).
@@ -18,10 +18,10 @@ from storyanchors.weights import part_folder, read_json, read_tensors
 
 
 class PcaCodec:
-    """Patches of p x p pixels x 3 colours -> C principal components: a codec fitted in closed form, for tiny models.
+    """Patches of p x p pixels x 3 colours -> C principal components, fitted in closed form, for tiny models.
 
-    With p = 4 and C = 16 it has WanVAE's channel count, so that a tiny StoryDiT has the paper's 33 input channels. All
-    channels share one scale, so that the loss in latents is the loss in pixels.
+    With p = 4 and C = 16 it has WanVAE's channel count, so that a tiny StoryDiT has the paper's 33 input
+    channels. All channels share one scale, so that the loss in latents is the loss in pixels.
     """
 
     def __init__(self, components: Tensor, mean: Tensor, scale: float, patch: int):
@@ -33,16 +33,18 @@ class PcaCodec:
     @classmethod
     def fit(cls, frames: Tensor, *, latent_channels: int = 16, patch: int = 4) -> "PcaCodec":
         """Principal components of the patches of frames (N, 3, H, W) in [-1, 1]."""
-        patches = F.pixel_unshuffle(_checked_frames(frames, patch), patch).movedim(1, -1).flatten(0, 2).double()
+        patches = F.pixel_unshuffle(_checked_frames(frames, patch), patch)  # (N, P, h, w)
+        patches = patches.movedim(1, -1).flatten(0, 2).double()
         if latent_channels > patches.shape[1]:
             raise ValueError(
-                f"a patch of {patch}x{patch} has {patches.shape[1]} values, fewer than {latent_channels} channels"
+                f"a patch of {patch}x{patch} has {patches.shape[1]} values, "
+                f"fewer than {latent_channels} channels"
             )
         mean = patches.mean(0)
         centred = patches - mean
-        _, directions = torch.linalg.eigh(centred.T @ centred)  # ascending eigenvalues, one direction a column
+        _, directions = torch.linalg.eigh(centred.T @ centred)  # a direction a column, the largest last
         components = directions.flip(1)[:, :latent_channels].T
-        signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()  # eigh leaves the sign open
+        signs = components.gather(1, components.abs().argmax(1, keepdim=True)).sign()  # eigh leaves it open
         components = components * signs
         scale = (centred @ components.T).square().mean().sqrt().item()
         return cls(components.float().contiguous(), mean.float(), max(scale, 1e-6), patch)
@@ -56,8 +58,9 @@ class PcaCodec:
         return self.patch
 
     def encode(self, frames: Tensor) -> Tensor:
-        """(N, 3, H, W) in [-1, 1] -> (N, C, H/p, W/p); ValueError where a side is no multiple of the patch."""
-        patches = F.pixel_unshuffle(_checked_frames(frames, self.patch).to(self.mean), self.patch)  # (N, P, h, w)
+        """(N, 3, H, W) in [-1, 1] -> (N, C, H/p, W/p); ValueError where a side is no multiple of p."""
+        frames = _checked_frames(frames, self.patch).to(self.mean)
+        patches = F.pixel_unshuffle(frames, self.patch)  # (N, P, h, w)
         return F.conv2d(patches - self.mean[:, None, None], self.components[..., None, None]) / self.scale
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""How story frames are conditioned: the 2c+1 input channels, which frames are given, and the facts about a clip.
+"""How story frames are conditioned: the 2c+1 input channels, which frames are given, and a clip's facts.
 
-The mask's polarity is stated here and nowhere else: 1 = the frame is given, 0 = it is to be generated (paper 2.1).
+The mask's polarity is stated here and nowhere else: 1 = the frame is given, 0 = to be generated (paper 2.1).
 Legend: B batch, F story frames, C latent channels, H W latent size.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ClipConditions:
-    """What is known about a clip (paper 2.1); None = unknown, which the network is told by a learned null vector."""
+    """What is known about a clip (paper 2.1); None = unknown, for which the network learns a vector."""
 
     fps: float | None = None  # of the source video
     frame_interval: int | None = None  # source frames strictly between two story frames
@@ -26,20 +26,23 @@ class ClipConditions:
         for name in ("fps", "height", "width", "num_frames"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"the condition {name} must be a number above 0 or unknown (None), found {value!r}")
+                raise ValueError(f"{name} must be a number above 0 or unknown (None), found {value!r}")
         for name in ("frame_interval", "motion"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
-                raise ValueError(f"the condition {name} must be a number from 0 on, found {value!r}")
+                raise ValueError(f"{name} must be a number from 0 on or unknown (None), found {value!r}")
         if (self.height is None) != (self.width is None):
-            raise ValueError(f"height and width are known together or not at all, found {self.height}, {self.width}")
+            raise ValueError(
+                f"height and width are known together or not at all, found {self.height}, {self.width}"
+            )
 
 
 def stack_condition_channels(noisy_latents: Tensor, cond_latents: Tensor, cond_mask: Tensor) -> Tensor:
     """[noisy C | condition C | mask 1]: (B, F, C, H, W), (B, F, C, H, W), (B, F) -> (B, F, 2C+1, H, W).
 
-    cond_mask is 1 where a frame is given and 0 where it is to be generated; the condition channels of a frame to be
-    generated are exact zeros, whatever cond_latents holds there. One clip without the batch axis works alike.
+    cond_mask is 1 where a frame is given and 0 where it is to be generated; the condition channels of a frame
+    to be generated are exact zeros, whatever cond_latents holds there. One clip without the batch axis works
+    alike.
     """
     if noisy_latents.shape != cond_latents.shape:
         raise ValueError(
@@ -75,7 +78,9 @@ class MaskPolicy:
         if self.name not in MASK_POLICIES:
             raise ValueError(f"unknown mask policy {self.name!r}, expected one of {', '.join(MASK_POLICIES)}")
         if not 0 <= self.weight < math.inf:
-            raise ValueError(f"weight of mask policy {self.name} must be a number from 0 on, found {self.weight}")
+            raise ValueError(
+                f"weight of mask policy {self.name} must be a number from 0 on, found {self.weight}"
+            )
         if self.k is not None and self.k < 1:
             raise ValueError(f"k of mask policy {self.name} must be at least 1, found {self.k}")
         if not 0 <= self.p <= 1:
@@ -83,7 +88,7 @@ class MaskPolicy:
 
 
 def sample_cond_mask(policies: list[MaskPolicy], num_frames: int, generator: torch.Generator) -> Tensor:
-    """Draws one clip's cond_mask (F,) from a weighted mixture of policies; at least one frame is left to generate."""
+    """Draws one clip's cond_mask (F,) from a weighted mixture; at least one frame is left to generate."""
     weights = torch.tensor([policy.weight for policy in policies], dtype=torch.float64)
     if not weights.sum() > 0:
         raise ValueError(f"a mask mixture needs a policy of weight above 0, found {policies}")

@@ -1,7 +1,8 @@
-"""Rectified flow between data and noise, as pure functions: noise and sigma are arguments (SD3, arXiv 2403.03206).
+"""Rectified flow between data and noise: pure functions, noise and sigma are arguments (SD3, 2403.03206).
 
-sigma is 0 for data and 1 for noise: noisy = (1 - sigma) latents + sigma noise, and velocity = noise - latents, so that
-d noisy / d sigma = velocity. The network's timestep is 1000 sigma. Step-Video's opposite sign lives in weights.py.
+sigma is 0 for data and 1 for noise: noisy = (1 - sigma) latents + sigma noise, and velocity = noise -
+latents, so that d noisy / d sigma = velocity. The network's timestep is 1000 sigma. Step-Video's opposite
+sign lives in weights.py.
 """
 
 import math
@@ -48,8 +49,8 @@ def flow_loss(
 ) -> Tensor:
     """Mean squared error of the frames to be generated: mean per clip first, then over clips, in float32.
 
-    (B, F, C, H, W), (B, F, C, H, W), (B, F), or lists of clips of different sizes. Given frames (mask 1) do not count,
-    and the weight of a clip does not depend on how many frames were given or how large they are.
+    (B, F, C, H, W), (B, F, C, H, W), (B, F), or lists of clips of different sizes. Given frames (mask 1) do
+    not count, and the weight of a clip does not depend on how many frames were given or how large they are.
     """
     losses = []
     for clip_prediction, clip_target, clip_mask in zip(prediction, target, cond_mask, strict=True):

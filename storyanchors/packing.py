@@ -1,7 +1,7 @@
 """Many clips of any frame count and size in one token sequence, without padding.
 
-Legend: B clips, F story frames, C channels, H W latent size, N tokens of all clips, p patch size, K head width.
-Tokens run frame by frame, row by row (w fastest), as in Wan and Step-Video. A grid is (F, H/p, W/p) of one clip.
+Legend: F story frames, C channels, H W latent size, N tokens of all clips, p patch size, K head width.
+Tokens run by frame, row and column, as in Wan and Step-Video. A grid is (F, H/p, W/p) of one clip.
 Lengths stay on the host as Python lists, so that splitting by clip never waits for the device.
 """
 
@@ -21,7 +21,8 @@ def patchify(clips: Sequence[Tensor], patch: int) -> tuple[Tensor, list[Grid]]:
         F, _, H, W = clip.shape
         if H % patch or W % patch:
             raise ValueError(f"latents of {H}x{W} do not divide into patches of {patch}x{patch}")
-        rows = clip.unflatten(-1, (W // patch, patch)).unflatten(-3, (H // patch, patch))  # (F, C, h, p, w, p)
+        rows = clip.unflatten(-1, (W // patch, patch)).unflatten(-3, (H // patch, patch))
+        # (F, C, h, p, w, p) -> (F, h, w, C, p, p)
         tokens.append(rows.permute(0, 2, 4, 1, 3, 5).reshape(-1, clip.shape[1] * patch * patch))
         grids.append((F, H // patch, W // patch))
     return torch.cat(tokens), grids
@@ -41,7 +42,7 @@ def token_counts(grids: Sequence[Grid]) -> list[int]:
 
 
 def rope_table(grids: Sequence[Grid], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations (N, 1, K/2) complex64 of all tokens: time, height and width share the head as in Wan (44/42/42 of 128)."""
+    """Rotations (N, 1, K/2) complex64: time, height and width share the head as in Wan (44/42/42 of 128)."""
     return torch.cat([_rope_of_grid(grid, head_dim, device) for grid in grids])[:, None]
 
 

@@ -1,6 +1,7 @@
-"""What a story is: numbered events, subjects and style (paper section 2.2), and the one text that a model is prompted with.
+"""What a story is: numbered events, subjects and style (paper 2.2), and the one text that prompts a model.
 
-`Story.prompt()` is the multi-event caption of training and inference alike; `Story.from_prompt()` is its inverse.
+`Story.prompt()` is the multi-event caption of training and inference alike; `Story.from_prompt()` is its
+inverse.
 """
 
 import json
@@ -20,7 +21,7 @@ _SUBJECT_LINE = re.compile(r"(\d+)\. (.+)")
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happens in story frames first_frame..last_frame (1-based, inclusive); events may overlap."""
+    """Something that happens in frames first_frame..last_frame (1-based, inclusive); events may overlap."""
 
     first_frame: int
     last_frame: int
@@ -68,15 +69,16 @@ class Story:
         for event in self.events:
             if event in seen:
                 raise ValueError(
-                    f"event given twice: frames {event.first_frame}..{event.last_frame}, {event.description!r}"
+                    f"event given twice: frames {event.first_frame}..{event.last_frame}, "
+                    f"{event.description!r}"
                 )
             seen.add(event)
         covered = 0
         for event in sorted(self.events, key=lambda event: event.first_frame):
             if event.first_frame > covered + 1:
                 raise ValueError(
-                    f"no event covers frame {covered + 1}: the next event starts at frame {event.first_frame} "
-                    f"({event.description!r})"
+                    f"no event covers frame {covered + 1}: the next event starts at frame "
+                    f"{event.first_frame} ({event.description!r})"
                 )
             covered = max(covered, event.last_frame)
 
@@ -101,7 +103,7 @@ class Story:
 
     @classmethod
     def from_prompt(cls, text: str) -> "Story":
-        """Inverse of prompt(): the same events, subjects and style; the global caption is not part of the prompt."""
+        """Inverse of prompt(): the same events, subjects and style; a prompt has no global caption."""
         lines = text.split("\n")
         if lines[0] != _EVENTS_TITLE:
             raise ValueError(f"a prompt begins with {_EVENTS_TITLE!r}, found {lines[0]!r}")
@@ -119,11 +121,13 @@ class Story:
                 style = line.removeprefix(_STYLE_TITLE + " ")
             else:
                 expected = f"'{len(subjects) + 1}. subject'" if in_subjects else "'[first-last] description'"
-                raise ValueError(f"line {number} of the prompt: found {line!r}, expected {expected} or the style")
+                raise ValueError(
+                    f"line {number} of the prompt: found {line!r}, expected {expected} or the style"
+                )
         return cls(events, subjects, style)
 
     def to_dict(self) -> dict:
-        """The shape of a story file: version, style, subjects, events [{frames: [first, last], description}]."""
+        """The shape of a story file: version, style, subjects, events, global_caption."""
         return {
             "version": SCHEMA_VERSION,
             "style": self.style,
@@ -138,7 +142,9 @@ class Story:
     @classmethod
     def from_dict(cls, content: dict) -> "Story":
         """Inverse of to_dict(); ValueError for an unknown key, a missing one, or a wrong shape."""
-        _check_keys(content, {"version", "style", "subjects", "events", "global_caption"}, {"events"}, "a story")
+        _check_keys(
+            content, {"version", "style", "subjects", "events", "global_caption"}, {"events"}, "a story"
+        )
         version = content.get("version", SCHEMA_VERSION)
         if version != SCHEMA_VERSION:
             raise ValueError(f"story version {version!r} is not known, expected {SCHEMA_VERSION}")
@@ -159,7 +165,11 @@ class Story:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _StoryLoader)
             return cls.from_dict(content)
-        except (ValueError, yaml.YAMLError, RecursionError) as error:  # bad UTF-8 and bad JSON are ValueErrors
+        except (
+            ValueError,
+            yaml.YAMLError,
+            RecursionError,
+        ) as error:  # bad UTF-8 and bad JSON are ValueErrors
             raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
     def to_file(self, path: str | Path) -> None:
@@ -204,7 +214,7 @@ def _event_from_dict(content: dict, number: int) -> Event:
 
 
 def _rejoin_commas(content: dict) -> dict:
-    """In YAML's {frames: [3, 3], description: She waits, alone} the comma makes "alone" a key without a value."""
+    """In YAML's {frames: [3, 3], description: She waits, alone} "alone" is a key without a value."""
     keys = list(content)
     if "description" not in keys or not isinstance(content["description"], str):
         return content
