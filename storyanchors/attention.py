@@ -25,8 +25,7 @@ def packed_attention(
 
 def _attend(q_NAK: Tensor, k_MAK: Tensor, v_MAK: Tensor) -> Tensor:
     q, k, v = (x.transpose(0, 1) for x in (q_NAK, k_MAK, v_MAK))  # (A, S, K)
-    # On a CPU, scores that fit its cache are twice as fast written out (forward and backward, bf16, 512
-    # tokens).
+    # On a CPU, scores that fit its cache are twice as fast written out (both passes, bf16, 512 tokens).
     if q.device.type == "cpu" and q.shape[1] * k.shape[1] <= 1024 * 1024:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)
         return (scores.softmax(-1) @ v).transpose(0, 1)

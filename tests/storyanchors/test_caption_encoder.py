@@ -64,7 +64,15 @@ def test_an_embedding_does_not_depend_on_its_neighbours(encoder):
 
 
 @pytest.mark.parametrize(
-    "text", ["a  b\n\n c", "&amp;lt; &quot;x&quot;", "schÃ¶n", "\u2018a\u2019\u2026", "\ufb01ne \x07bell", ""]
+    "text",
+    [
+        "a  b\n\n c",
+        "&amp;lt; &quot;x&quot;",
+        "sch\u00c3\u00b6n",
+        "\u2018a\u2019\u2026",
+        "\ufb01ne \x07bell",
+        "",
+    ],
 )
 def test_texts_are_cleaned_as_wan_cleans_them(text):
     assert _cleaned(text) == prompt_clean(text)
