@@ -59,9 +59,9 @@ python infer/compare_scores.py scores=[$run/scores/stage2_continue.json,$run/sco
 
 tell() { # MODEL OUT: continues a story from its first frame, then edits frame 6 and holds the others fixed
     python infer/continue_story.py weights="$1" story=examples/story_world/two_friends.story.yaml \
-        frames=examples/story_world/first_frame keep=[1] out="$2"/continued
+        frames=examples/story_world/first_frame keep=[1] fps=24 frame_interval=69 out="$2"/continued
     python infer/continue_story.py weights="$1" story=examples/story_world/two_friends_edited.story.yaml \
-        frames="$2"/continued keep=[1,2,3,4,5,7,8] out="$2"/edited
+        frames="$2"/continued keep=[1,2,3,4,5,7,8] fps=24 frame_interval=69 out="$2"/edited
 }
 say "a story, continued from its first frame, then its frame 6 edited: by the model that was trained just now"
 tell $run/models/stage3 $run/told
