@@ -108,7 +108,7 @@ def test_two_processes_learn_what_one_learns(train, arguments, tmp_path):
     command = [sys.executable, "train/run_stage.py", *arguments(tmp_path / "two", *more)]
     command += ["strategy=ddp", "trainer.devices=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=400)
     train(tmp_path / "one", *more)
     two, one = (newest_checkpoint(tmp_path / name) for name in ("two", "one"))
     assert two.state == one.state
