@@ -44,6 +44,9 @@ def run(main: Callable[[Config], None], schema: type[Config], name: str) -> None
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(STOPPED)
+    except KeyboardInterrupt:
+        print("stopped: Ctrl-C", file=sys.stderr)
+        sys.exit(STOPPED)
     except (ValueError, OSError) as error:  # what a user can mend; our own faults keep their traceback
         if os.environ.get("STORYANCHORS_TRACEBACK"):
             raise
