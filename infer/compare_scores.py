@@ -19,6 +19,8 @@ class CompareScoresConfig:
 
 
 def main(config: CompareScoresConfig) -> None:
+    if not config.scores:
+        raise ValueError("scores is empty, expected score files of score_story_world.py")
     columns = {}
     for path in map(Path, config.scores):
         scores = _read_scores(path)

@@ -48,6 +48,8 @@ def main(config: ScoreStoryWorldConfig) -> None:
         raise ValueError(f"unknown caption {config.caption!r}, expected one of {', '.join(CAPTIONS)}")
     if min(config.num_stories, config.batch) < 1:
         raise ValueError(f"num_stories={config.num_stories} and batch={config.batch} must be at least 1")
+    if config.out:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)  # now, not when all the work is done
     generator = load_generator(config)
     stories = [sample_story(HELD_OUT + i, num_frames=config.num_frames) for i in range(config.num_stories)]
     truth = [_true_frames(story) for story in stories]
@@ -124,7 +126,6 @@ def format_table(columns: dict[str, dict[str, float]]) -> str:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

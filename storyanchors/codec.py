@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from storyanchors.weights import part_folder, read_json, read_tensors
@@ -84,9 +84,11 @@ class PcaCodec:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PcaCodec":
         folder = Path(folder)
-        config = json.loads((folder / "config.json").read_text())
-        tensors = load_file(folder / "codec.safetensors")
-        return cls(tensors["components"], tensors["mean"], config["scale"], config["patch"])
+        config, tensors = read_json(folder / "config.json"), dict(read_tensors(folder))
+        try:
+            return cls(tensors["components"], tensors["mean"], config["scale"], config["patch"])
+        except KeyError as error:
+            raise ValueError(f"{folder} is no PcaCodec: it lacks {error}") from error
 
 
 class WanCodec:

@@ -24,8 +24,8 @@ from storyanchors.conditioning import ClipConditions
 from storyanchors.packing import patchify, rope_table, token_counts, unpatchify
 
 SCALAR_CONDITIONS = ("fps", "frame_interval", "motion", "num_frames")
-# The sinusoids are made for timesteps of 0..1000: at their own scale, neighbouring frames would differ in a few
-# of the channels only, and a network from scratch takes thousands of steps to tell them apart.
+# The sinusoids are made for timesteps of 0..1000: at their own scale, neighbouring frames would differ in a
+# few of the channels only, and a network from scratch takes thousands of steps to tell them apart.
 FRAME_NUMBER_SCALE = 100.0
 
 
@@ -44,7 +44,7 @@ class StoryDiTConfig:
     eps: float = 1e-6
     # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
     # positions, so without it a frame can tell its number, which the prompt speaks of, only from its distance
-    # to the clip's ends. For networks trained from scratch: unlike the other new parts it does not start at 0.
+    # to the clip's ends. For networks trained from scratch: unlike the other new parts it starts at random.
     frame_number_embedding: bool = False
 
     def __post_init__(self):

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from storyanchors.caption_encoder import load_caption_encoder
-from storyanchors.clip import frames_to_tensor, tensor_to_frames
+from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES, frames_to_tensor, tensor_to_frames
 from storyanchors.codec import load_codec
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
 from storyanchors.dit import StoryDiT
@@ -27,6 +27,7 @@ from storyanchors.flow import sampling_sigmas
 from storyanchors.output_folder import output_folder
 from storyanchors.sampling import SAMPLERS, guided
 from storyanchors.story import Story
+from storyanchors.weights import load_story_dit, read_json
 
 log = logging.getLogger(__name__)
 
@@ -63,9 +64,7 @@ class StoryGenerator:
         """
         folder = Path(folder)
         info = read_story_model(folder)
-        dit = (
-            StoryDiT.from_pretrained(_part(folder, info, "transformer"), torch_dtype=dtype).to(device).eval()
-        )
+        dit = load_story_dit(_part(folder, info, "transformer"), dtype=dtype).to(device).eval()
         codec = load_codec(_part(folder, info, "codec")).to(device, torch.float32)
         caption_encoder = load_caption_encoder(_part(folder, info, "caption_encoder")).to(device, dtype)
         _check_parts(dit, codec, caption_encoder, folder)
@@ -175,6 +174,8 @@ class StoryGenerator:
         seed: int,
     ) -> "_Clip":
         """Validates one story's request and draws its noise."""
+        if num_frames > MAX_FRAMES:
+            raise ValueError(f"num_frames={num_frames} is too many, expected at most {MAX_FRAMES}")
         if num_frames < 1 or num_frames < story.num_frames:
             raise ValueError(f"num_frames={num_frames} is too few: the story has {story.num_frames} frames")
         for number, frame in given.items():
@@ -249,6 +250,8 @@ class StoryGenerator:
                 raise ValueError(
                     f"{name}={pixels} is not a multiple of {multiple} pixels, which the model needs"
                 )
+        if size[0] * size[1] > MAX_FRAME_PIXELS:
+            raise ValueError(f"height={size[0]} x width={size[1]} is more than {MAX_FRAME_PIXELS} pixels")
 
     @property
     def device(self) -> torch.device:
@@ -289,10 +292,7 @@ def read_story_model(folder: str | Path) -> dict:
     path = Path(folder) / MODEL_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is not a model folder: it has no {MODEL_FILE}")
-    try:
-        info = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    info = read_json(path)
     _check_info(info, str(path))
     return info
 
@@ -303,6 +303,18 @@ def _check_info(info: dict, where: str) -> None:
     needed = ["transformer", "codec", "caption_encoder", "frame_size", "num_steps", "guidance_scale", "shift"]
     if missing := [name for name in needed if name not in info]:
         raise ValueError(f"{where} lacks {', '.join(missing)}; found {', '.join(info)}")
+    size = info["frame_size"]
+    if not (
+        isinstance(size, list | tuple) and len(size) == 2 and all(isinstance(side, int) for side in size)
+    ):
+        raise ValueError(f"{where}: frame_size is {size!r}, expected [height, width] in pixels")
+    for name in needed[:3]:
+        part = info[name]
+        if not isinstance(part.get("reference") if isinstance(part, dict) else part, str):
+            raise ValueError(f"{where}: {name} is {part!r}, expected a folder or {{'reference': ...}}")
+    for name, kind in (("num_steps", int), ("guidance_scale", int | float), ("shift", int | float)):
+        if not isinstance(info[name], kind):
+            raise ValueError(f"{where}: {name} is {info[name]!r}, expected a number")
 
 
 def _part(folder: Path, info: dict, name: str) -> str:

@@ -92,6 +92,24 @@ def load_base_weights(dit: StoryDiT, path: str | Path) -> WeightsReport:
     )
 
 
+def load_story_dit(folder: str | Path, *, dtype: torch.dtype = torch.float32) -> StoryDiT:
+    """A network that save_pretrained wrote, in the dtype where it need not be float32.
+
+    ValueError or OSError unless the safetensors of the folder hold exactly the network of its config.json.
+    """
+    settings = dict(torch_dtype=dtype, use_safetensors=True, output_loading_info=True)
+    try:
+        dit, found = StoryDiT.from_pretrained(folder, **settings)
+    except TypeError as error:
+        raise ValueError(f"{folder}: its config.json is not that of a StoryDiT: {error}") from error
+    for fault, names in (("lacks", found["missing_keys"]), ("has no place for", found["unexpected_keys"])):
+        if names:
+            raise ValueError(
+                f"the network of {folder} {fault} {min(names)} and {len(names) - 1} more tensors"
+            )
+    return dit
+
+
 def part_folder(reference: str | Path, part: str) -> Path:
     """The folder of one part (transformer, vae, text_encoder, tokenizer) of a pipeline in diffusers' layout.
 

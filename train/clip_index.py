@@ -19,6 +19,8 @@ CAPTION_COLUMNS = {
     "multi_event": "story_words",
 }  # 0 or null: the clip has none
 
+CONDITION_COLUMNS = ("fps", "frame_interval", "motion", "height", "width", "num_frames")
+
 
 @dataclass(frozen=True)
 class ClipRow:
@@ -35,6 +37,11 @@ class ClipRow:
     caption_size: int | None
 
 
+INDEX_COLUMNS = {
+    *(set(ClipRow.__annotations__) - {"conditions"}), *CONDITION_COLUMNS, *CAPTION_COLUMNS.values(), "source"
+}  # fmt: skip
+
+
 class ClipIndex:
     """The rows of a dataset's index that a stage uses, in the index's order (sorted by key)."""
 
@@ -49,7 +56,10 @@ class ClipIndex:
             raise ValueError(
                 f"no index at {path}: write it with data_pipeline/build_index.py dataset={dataset}"
             )
-        return cls(Path(dataset), pq.read_table(path, memory_map=True))
+        table = pq.read_table(path, memory_map=True)
+        if missing := sorted(INDEX_COLUMNS - set(table.column_names)):
+            raise ValueError(f"{path} lacks the column {missing[0]}: write it again with build_index.py")
+        return cls(Path(dataset), table)
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -87,8 +97,7 @@ class ClipIndex:
 
     def row(self, number: int) -> ClipRow:
         values = {name: self.table[name][number].as_py() for name in self.table.column_names}
-        names = ("fps", "frame_interval", "motion", "height", "width", "num_frames")
-        conditions = ClipConditions(**{name: values[name] for name in names})
+        conditions = ClipConditions(**{name: values[name] for name in CONDITION_COLUMNS})
         return ClipRow(
             conditions=conditions,
             **{name: values[name] for name in ClipRow.__annotations__ if name != "conditions"},

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from storyanchors.dit import StoryDiT
 from storyanchors.generator import MODEL_FILE, read_story_model
+from storyanchors.weights import load_story_dit
 from train.checkpoints import Checkpoint, newest_checkpoint
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> 
         )
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is not None:
-        _check_settings(yaml.safe_load(config.read_text()), settings, config)
+        _check_settings(read_settings(run_dir), settings, config)
         log.info("going on from %s", checkpoint.folder)
     return checkpoint
 
@@ -80,7 +81,10 @@ def write_settings(run_dir: Path, settings: dict[str, Any]) -> None:
 def read_settings(run_dir: Path) -> dict[str, Any]:
     if not (run_dir / CONFIG).is_file():
         raise ValueError(f"{run_dir} is not a run folder: it has no {CONFIG}")
-    return yaml.safe_load((run_dir / CONFIG).read_text())
+    try:
+        return yaml.safe_load((run_dir / CONFIG).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{run_dir / CONFIG} is damaged: {error}") from error
 
 
 def write_provenance(
@@ -150,7 +154,7 @@ def _from_run(run_dir: Path) -> HandedOver:
 
 def _from_model(folder: Path) -> HandedOver:
     info = read_story_model(folder)
-    dit = StoryDiT.from_pretrained(folder / "transformer")
+    dit = load_story_dit(folder / "transformer")
     weights = {name: tensor.float() for name, tensor in dit.state_dict().items()}
     provenance = info.get("provenance", {})
     source = {"path": str(folder), "which": "export", "provenance": provenance}

@@ -17,6 +17,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING
 
@@ -87,6 +88,13 @@ class RunStageConfig:
             raise ValueError(f"strategy is {self.strategy!r}, expected auto, ddp or deepspeed")
         if taken := sorted(set(self.trainer) & set(SET_BY_US)):
             raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
+        at_least_1 = {
+            "log_every_n_steps": self.log_every_n_steps,
+            "trainer.accumulate_grad_batches": self.trainer.get("accumulate_grad_batches", 1),
+        }
+        for name, value in at_least_1.items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1")
 
 
 def main(config: RunStageConfig) -> None:
@@ -105,28 +113,38 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     """Trains to the stage's last step; Stopped when a signal ended it earlier."""
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
     train_clips, held_out = open_clips(config)
+    callbacks = build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips)
+    trainer = build_trainer(config, callbacks)
     module = build_module(config, train_clips, is_new=resume_from is None)
     if resume_from:
         module.restore(resume_from)
     if rank_zero_only.rank == 0:
         write_settings(run_dir, asdict(config))
-    trainer = L.Trainer(
-        max_steps=num_steps,
-        max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
-        callbacks=build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips),
-        logger=build_logger(config),
-        strategy=DeepSpeedStrategy(**config.deepspeed) if config.strategy == "deepspeed" else config.strategy,
-        default_root_dir=run_dir,
-        enable_checkpointing=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
-        **config.trainer,
-    )
     first_step = resume_from.state.step if resume_from else 0
     trainer.fit(module, build_loader(config, module, train_clips, trainer, num_steps - first_step))
     if trainer.global_step < num_steps:
         reason = stop.received.name if stop.received else "a signal to another rank"
         raise Stopped(f"{reason} after step {trainer.global_step}; the same command goes on from there")
+
+
+def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Trainer:
+    """ValueError for what Lightning or DeepSpeed do not take."""
+    try:
+        deepspeed = DeepSpeedStrategy(**config.deepspeed) if config.strategy == "deepspeed" else None
+        return L.Trainer(
+            max_steps=config.stage.steps,
+            max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
+            callbacks=callbacks,
+            logger=build_logger(config),
+            strategy=deepspeed or config.strategy,
+            default_root_dir=config.run_dir,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
+            **config.trainer,
+        )
+    except (TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+        raise ValueError(f"Lightning does not take these trainer settings: {error}") from error
 
 
 @rank_zero_only

@@ -33,6 +33,8 @@ class StageConfig:
     def __post_init__(self):
         if self.caption not in (*CAPTION_KINDS, MISSING):
             raise ValueError(f"stage.caption is {self.caption!r}, expected {' or '.join(CAPTION_KINDS)}")
+        if self.steps != MISSING and self.steps < 1:
+            raise ValueError(f"stage.steps is {self.steps}, expected at least 1")
         for name in ("other_caption_share", "caption_dropout", "conditions_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"stage.{name} is {getattr(self, name)}, expected a share between 0 and 1")
