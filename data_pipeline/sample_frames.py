@@ -98,7 +98,10 @@ def find_videos(where: Path) -> list[Video]:
         if not videos:
             raise ValueError(f"found no video in {where}, looked for {' '.join(sorted(VIDEO_SUFFIXES))}")
     elif where.suffix == LIST_SUFFIX and where.is_file():
-        lines = [line.strip() for line in where.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in where.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not a list of videos in UTF-8: {error}") from error
         names = [line for line in lines if line and not line.startswith("#")]
         if not names:
             raise ValueError(f"{where} lists no video")

@@ -30,6 +30,7 @@ SCHEMAS = {
     "continue_story": "infer.continue_story.ContinueStoryConfig",
     "score_story_world": "infer.score_story_world.ScoreStoryWorldConfig",
     "compare_scores": "infer.compare_scores.CompareScoresConfig",
+    "sample_frames": "data_pipeline.sample_frames.SampleFramesConfig",
     "run_stage": "train.run_stage.RunStageConfig",
     "export_weights": "train.export_weights.ExportWeightsConfig",
 }
@@ -248,3 +249,10 @@ def test_what_is_no_score_file_is_named(refused, tmp_path):
     (tmp_path / "scores.json").write_text('{"model": 1}')
     assert "scores.json is no score file" in refused("compare_scores", f"scores=[{tmp_path}/scores.json]")
     assert "scores is empty" in refused("compare_scores", "scores=[]")
+
+
+def test_a_list_of_videos_that_is_no_text_is_named(refused, tmp_path):
+    (tmp_path / "list.txt").write_bytes(b"\xff\xfea.mp4")
+    arguments = (f"videos={tmp_path}/list.txt", f"out={tmp_path}/out")
+    assert "list.txt is not a list of videos in UTF-8" in refused("sample_frames", *arguments)
+    assert not (tmp_path / "out").exists()
