@@ -24,9 +24,6 @@ from storyanchors.conditioning import ClipConditions
 from storyanchors.packing import patchify, rope_table, token_counts, unpatchify
 
 SCALAR_CONDITIONS = ("fps", "frame_interval", "motion", "num_frames")
-# The sinusoids are made for timesteps of 0..1000: at their own scale, neighbouring frames would differ in a
-# few of the channels only, and a network from scratch takes thousands of steps to tell them apart.
-FRAME_NUMBER_SCALE = 100.0
 
 
 @dataclass(frozen=True)
