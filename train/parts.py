@@ -54,7 +54,6 @@ class ModelConfig:
     caption_encoder: str = MISSING  # words or a folder or hub id
     sigma_shift: float = 1.0  # toward noise, for training and sampling alike
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile every block: minutes at the start, then faster steps
 
     @property
     def dit_config(self) -> StoryDiTConfig:
@@ -70,9 +69,6 @@ def build_dit(config: ModelConfig, seed: int) -> StoryDiT:
         dit = StoryDiT(config.dit_config)
     if config.activation_checkpointing:
         dit.enable_gradient_checkpointing()
-    if config.compile:
-        for block in dit.blocks:
-            block.compile(dynamic=True)  # one graph for all clip sizes
     return dit
 
 
