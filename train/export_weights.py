@@ -46,7 +46,10 @@ def main(config: ExportWeightsConfig) -> None:
     dit = StoryDiT.from_config(checkpoint.dit_config)
     dit.load_state_dict(checkpoint.weights(config.which))
     cast(dit, DTYPES[config.dtype])
-    model, samples = ModelConfig(**settings["model"]), settings["samples"]
+    try:
+        model, samples = ModelConfig(**settings["model"]), settings["samples"]
+    except TypeError as error:
+        raise ValueError(f"{run_dir} was trained by another version of storyanchors: {error}") from error
     state = checkpoint.state
     info = {
         "stage": state.stage,
