@@ -71,7 +71,8 @@ def save_lora(dit: StoryDiT, folder: str | Path) -> None:
     }
     tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(dit).items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    metadata = {"format": "pt", LORA_ADAPTER_METADATA_KEY: json.dumps(settings, indent=2)}
+    # one key, since safetensors writes several in an order that differs from call to call
+    metadata = {LORA_ADAPTER_METADATA_KEY: json.dumps(settings)}
     save_file(tensors, Path(folder) / LORA_FILE, metadata=metadata)
 
 
