@@ -1,5 +1,6 @@
-"""StoryDiT: a Wan-style diffusion transformer over packed story frames with 2c+1 input channels (paper 2.1).
+"""StoryDiT: a diffusion transformer over packed story frames with 2c+1 input channels (paper 2.1).
 
+One network for two families: the switches of StoryDiTConfig make it Wan 2.1 (the defaults) or Step-Video.
 Parameter names are those of diffusers' WanTransformer3DModel, so Wan weights load as they are; what the paper
 adds lives in the patch embedding's extra input columns and in `story_embedder`, all zero at the start: at
 step 0 the network is the base model, whatever the mask and the conditions say.
@@ -20,15 +21,24 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from storyanchors.attention import packed_attention
+from storyanchors.checkpointing import MODES, block_modes, run_block
 from storyanchors.conditioning import ClipConditions
-from storyanchors.packing import patchify, rope_table, token_counts, unpatchify
+from storyanchors.modulation import affine_norm, gated_residual, modulated_norm
+from storyanchors.packing import patchify, token_counts, unpatchify
+from storyanchors.rotary import normed_heads, rope_table
 
 SCALAR_CONDITIONS = ("fps", "frame_interval", "motion", "num_frames")
+QK_NORMS = ("rms_norm_across_heads", "rms_norm")
+
+CaptionEmbedding = Tensor | tuple[Tensor, Tensor]  # (L, text_dim), or (CLIP rows, LLM rows) for Step-Video
 
 
 @dataclass(frozen=True)
 class StoryDiTConfig:
-    """Sizes of a StoryDiT; names are those of diffusers' WanTransformer3DModel where they mean the same."""
+    """Sizes and switches of a StoryDiT, with Wan 2.1's values as defaults.
+
+    Names are those of diffusers' WanTransformer3DModel where they mean the same.
+    """
 
     num_attention_heads: int
     attention_head_dim: int
@@ -38,14 +48,27 @@ class StoryDiTConfig:
     latent_channels: int = 16
     patch_size: tuple[int, int, int] = (1, 2, 2)
     freq_dim: int = 256
-    eps: float = 1e-6
+    eps: float = 1e-6  # of the output norm and the norms of queries and keys
+    norm_eps: float = 1e-6  # of the norms at the head of a block's three parts
+    norm_affine: bool = False  # whether the norms before self-attention and feed-forward have weights
+    cross_attn_norm: bool = True  # whether there is one, with weights, before cross-attention
+    qk_norm: str = "rms_norm_across_heads"  # or rms_norm: of every head alone
+    linear_bias: bool = True  # of the linears in attention and feed-forward
+    rope_axes_dim: tuple[int, int, int] | None = None  # time, height, width of a head; None = Wan's split
+    text_norm: bool = False  # LayerNorm without weights on the caption embedding
+    clip_text_dim: int | None = None  # width of a second caption embedding, which goes first
+    # The base model's time runs from noise (0) to data and its velocity is data - noise. Callers never see it.
+    reversed_flow: bool = False
+    resolution_divisor: int = 1  # pixels for one unit of the resolution embedder
     # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
     # positions, so without it a frame can tell its number, which the prompt speaks of, only from its distance
     # to the clip's ends. For networks trained from scratch: unlike the other new parts it starts at random.
     frame_number_embedding: bool = False
 
     def __post_init__(self):
-        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # a list when read from JSON
+        for name in ("patch_size", "rope_axes_dim"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(size))  # a list when read from JSON
         for name in ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim"):
             if not (isinstance(size := getattr(self, name), int) and size >= 1):
                 raise ValueError(f"{name} must be a whole number from 1, found {size!r}")
@@ -57,6 +80,13 @@ class StoryDiTConfig:
             raise ValueError(
                 f"attention_head_dim must be even and at least 12, found {self.attention_head_dim}"
             )
+        axes = self.rope_axes
+        if sum(axes) != self.attention_head_dim or any(dim < 2 or dim % 2 for dim in axes):
+            raise ValueError(
+                f"rope_axes_dim must be three even sizes that sum to {self.attention_head_dim}, found {axes}"
+            )
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm is {self.qk_norm!r}, expected {' or '.join(QK_NORMS)}")
 
     @property
     def hidden_dim(self) -> int:
@@ -66,14 +96,31 @@ class StoryDiTConfig:
     def in_channels(self) -> int:
         return 2 * self.latent_channels + 1
 
+    @property
+    def rope_axes(self) -> tuple[int, int, int]:
+        """How a head is shared by the rotations of time, height and width; Wan: 44/42/42 of 128."""
+        if self.rope_axes_dim is not None:
+            return self.rope_axes_dim
+        spatial_dim = 2 * (self.attention_head_dim // 6)
+        return (self.attention_head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
+
     @classmethod
     def preset(cls, name: str) -> "StoryDiTConfig":
-        """A named size: tiny (CPU), wan-1.3b or wan-14b (Wan 2.1 T2V, wan/configs of Wan-Video/Wan2.1)."""
+        """A named size.
+
+        tiny: for a CPU. wan-1.3b, wan-14b: Wan 2.1 T2V (wan/configs of Wan-Video/Wan2.1). step-30b:
+        Step-Video-T2V and -TI2V with their own 64-channel codec. step-4b: the paper's base, whose config was
+        never released: Step-Video's block at a width and depth that give 4 billion parameters, for WanVAE.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
         return cls(**PRESETS[name])
 
 
+STEP_VIDEO = dict(
+    text_dim=6144, clip_text_dim=1024, text_norm=True, norm_eps=1e-5, norm_affine=True, cross_attn_norm=False,
+    qk_norm="rms_norm", linear_bias=False, rope_axes_dim=(64, 32, 32), reversed_flow=True, resolution_divisor=16,
+)  # fmt: skip
 PRESETS = {
     "tiny": dict(
         num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=768, text_dim=192,
@@ -85,27 +132,37 @@ PRESETS = {
     "wan-14b": dict(
         num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096,
     ),
+    "step-4b": dict(
+        num_attention_heads=24, attention_head_dim=128, num_layers=26, ffn_dim=12288, **STEP_VIDEO,
+    ),
+    "step-30b": dict(
+        num_attention_heads=48, attention_head_dim=128, num_layers=48, ffn_dim=24576, **STEP_VIDEO,
+        latent_channels=64, patch_size=(1, 1, 1),
+    ),
 }  # fmt: skip
 
 
 class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
     config_name = "config.json"
-    _supports_gradient_checkpointing = True
     _no_split_modules = ["StoryBlock"]  # noqa: RUF012 (diffusers' name and type)
     _repeated_blocks = ["StoryBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules = ["time_embedder", "story_embedder", "scale_shift_table", "norm2"]  # noqa: RUF012
+    _keep_in_fp32_modules = [  # noqa: RUF012
+        "time_embedder", "story_embedder", "scale_shift_table", "norm1", "norm2", "norm3",
+    ]  # fmt: skip
 
     def __init__(self, config: StoryDiTConfig):
         super().__init__()
         self.register_to_config(**dataclasses.asdict(config))
         D, patch = config.hidden_dim, config.patch_size
         self.patch_embedding = nn.Conv3d(config.in_channels, D, kernel_size=patch, stride=patch)
-        self.condition_embedder = ConditionEmbedder(D, config.freq_dim, config.text_dim)
-        self.story_embedder = StoryEmbedder(D, config.freq_dim, config.frame_number_embedding)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.story_embedder = StoryEmbedder(config)
         self.blocks = nn.ModuleList(StoryBlock(config) for _ in range(config.num_layers))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, D) / D**0.5)
         self.proj_out = nn.Linear(D, config.latent_channels * math.prod(patch))
-        self.gradient_checkpointing = False
+        self.rope_axes = config.rope_axes
+        self.activation_checkpointing = "none"
+        self._run_block = run_block
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -113,7 +170,8 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         for name in (*SCALAR_CONDITIONS, "resolution"):
             nn.init.zeros_(getattr(self.story_embedder, name).linear_2.weight)
         nn.init.zeros_(self.patch_embedding.weight[:, self.config.latent_channels :])
@@ -130,41 +188,57 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         model = cls(StoryDiTConfig(**content))
         return (model, {}) if return_unused_kwargs else model
 
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """What a block keeps for its backward; see storyanchors.checkpointing. ValueError for another word."""
+        if mode not in MODES:
+            raise ValueError(f"activation_checkpointing is {mode!r}, expected one of {', '.join(MODES)}")
+        self.activation_checkpointing = mode
+
+    def compile_blocks(self, **settings) -> None:
+        """Compiles the block once for all layers and for clips of any length; settings go to torch.compile.
+
+        The first steps are slow: a graph is made for each number of clips in a batch, with lengths that vary.
+        """
+        self._run_block = torch.compile(run_block, **{"dynamic": True, "fullgraph": True, **settings})
+
     def forward(
         self,
         inputs: Tensor | Sequence[Tensor],
         timesteps: Tensor,
         conditions: Sequence[ClipConditions] | None,
-        captions: Sequence[Tensor],
+        captions: Sequence[CaptionEmbedding],
     ) -> Tensor | list[Tensor]:
-        """Velocity of B clips, in the form of inputs with C channels.
+        """Velocity (noise - latents) of B clips, in the form of inputs with C channels.
 
         inputs: B clips (F_i, 2C+1, H_i, W_i) of any sizes, or one tensor (B, F, 2C+1, H, W); see
         conditioning.stack_condition_channels. timesteps: (B,) in [0, 1000], 1000 sigma. conditions: one per
-        clip, or None when all is unknown. captions: B embeddings (L_i, text_dim); every row is attended, so a
-        caller that wants Wan's zero-padded rows passes them. ValueError where counts or channels do not fit.
+        clip, or None when all is unknown. captions: B embeddings (L_i, text_dim), or pairs of CLIP rows
+        (M_i, clip_text_dim) and LLM rows where the config has a clip_text_dim. Every row is attended: a caller
+        passes Wan's zero-padded rows, and of Step-Video's captions the valid rows alone.
+        ValueError where counts or channels do not fit.
         """
         conditions = [ClipConditions()] * len(inputs) if conditions is None else conditions
         self._check_inputs(inputs, timesteps, conditions, captions)
         dtype = self.patch_embedding.weight.dtype
         tokens, grids = patchify([clip.to(dtype) for clip in inputs], self.config.patch_size[1])
-        lengths, caption_lengths = token_counts(grids), [len(caption) for caption in captions]
+        lengths = token_counts(grids)
         x_ND = F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).to(dtype)
         x_ND = self.story_embedder.add_frame_numbers(x_ND, grids)
-        rope = rope_table(grids, self.config.attention_head_dim, x_ND.device)
-        embedder = self.condition_embedder
-        caption_LD = embedder.text_embedder(torch.cat([caption.to(dtype) for caption in captions]))
-        temb_BD = embedder.time_embedder(timesteps) + self.story_embedder(conditions, timesteps.device)
-        modulation_B6D = embedder.time_proj(F.silu(temb_BD)).unflatten(1, (6, -1))
-        for block in self.blocks:
-            args = (x_ND, caption_LD, modulation_B6D, rope, lengths, caption_lengths)
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_ND = self._gradient_checkpointing_func(block, *args)
-            else:
-                x_ND = block(*args)
+        rope = rope_table(grids, self.rope_axes, x_ND.device)
+        caption_LD, caption_lengths = self.condition_embedder.embed_captions(captions, dtype)
+        times = 1000 - timesteps if self.config.reversed_flow else timesteps
+        temb_BD = self.condition_embedder.time_embedder(times) + self.story_embedder(conditions, times.device)
+        modulation_B6D = self.condition_embedder.time_proj(F.silu(temb_BD)).unflatten(1, (6, -1))
+        args = (caption_LD, modulation_B6D, rope, lengths, caption_lengths)
+        settings = (self.activation_checkpointing, self.config, x_ND, _compute_dtype(x_ND), self.parameters())
+        modes = block_modes(*settings)
+        for block, mode in zip(self.blocks, modes, strict=True):
+            x_ND = self._run_block(block, mode, x_ND, *args)
         shift, scale = (self.scale_shift_table.float() + temb_BD[:, None]).unbind(1)
-        x_ND = _modulated_norm(x_ND, shift, scale, lengths, self.config.eps)
+        x_ND = modulated_norm(x_ND, scale, shift, lengths, eps=self.config.eps, dtype=_compute_dtype(x_ND))
         velocity = unpatchify(self.proj_out(x_ND), grids, self.config.patch_size[1])
+        if self.config.reversed_flow:
+            velocity = [-clip for clip in velocity]
         return torch.stack(velocity) if isinstance(inputs, Tensor) else velocity
 
     def _check_inputs(self, inputs, timesteps, conditions, captions) -> None:
@@ -181,11 +255,17 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                     f"a clip must be (F, {expected}, H, W) with {expected} = "
                     f"2 x {self.config.latent_channels} + 1 channels, found {tuple(clip.shape)}"
                 )
+        text_dims = (self.config.text_dim,)
+        if self.config.clip_text_dim is not None:
+            text_dims = (self.config.clip_text_dim, self.config.text_dim)
         for caption in captions:
-            if caption.ndim != 2 or caption.shape[1] != self.config.text_dim or not len(caption):
+            parts = (caption,) if isinstance(caption, Tensor) else tuple(caption)
+            if [part.shape[1:] for part in parts] != [(dim,) for dim in text_dims] or not all(
+                map(len, parts)
+            ):
                 raise ValueError(
-                    f"a caption embedding must be (L, {self.config.text_dim}) with L > 0, "
-                    f"found {tuple(caption.shape)}"
+                    f"a caption embedding must be {' and '.join(f'(L, {dim})' for dim in text_dims)} with L > 0, "
+                    f"found {' and '.join(str(tuple(part.shape)) for part in parts)}"
                 )
 
 
@@ -194,12 +274,13 @@ class StoryBlock(nn.Module):
 
     def __init__(self, config: StoryDiTConfig):
         super().__init__()
-        D = config.hidden_dim
-        self.eps = config.eps
-        self.attn1 = Attention(D, config.num_attention_heads, config.eps)
-        self.norm2 = nn.LayerNorm(D, eps=config.eps)
-        self.attn2 = Attention(D, config.num_attention_heads, config.eps)
-        self.ffn = FeedForward(D, config.ffn_dim)
+        D, eps, affine = config.hidden_dim, config.norm_eps, config.norm_affine
+        self.norm1 = nn.LayerNorm(D, eps, elementwise_affine=affine)
+        self.attn1 = Attention(config)
+        self.norm2 = nn.LayerNorm(D, eps) if config.cross_attn_norm else None
+        self.attn2 = Attention(config)
+        self.norm3 = nn.LayerNorm(D, eps, elementwise_affine=affine)
+        self.ffn = FeedForward(D, config.ffn_dim, config.linear_bias)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, D) / D**0.5)
 
     def forward(
@@ -213,27 +294,31 @@ class StoryBlock(nn.Module):
     ) -> Tensor:
         modulation = (self.scale_shift_table.float() + modulation_B6D).unbind(1)
         shift1, scale1, gate1, shift3, scale3, gate3 = modulation  # each (B, D), float32
-        h_ND = _modulated_norm(x_ND, shift1, scale1, lengths, self.eps)
-        x_ND = _gated_residual(x_ND, self.attn1(h_ND, h_ND, lengths, lengths, rope), gate1, lengths)
-        weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
-        h_ND = F.layer_norm(x_ND.float(), self.norm2.normalized_shape, weight, bias, self.eps)
-        x_ND = x_ND + self.attn2(h_ND.to(_compute_dtype(x_ND)), caption_LD, lengths, caption_lengths)
-        h_ND = _modulated_norm(x_ND, shift3, scale3, lengths, self.eps)
-        return _gated_residual(x_ND, self.ffn(h_ND), gate3, lengths)
+        h_ND = _modulated(self.norm1, x_ND, scale1, shift1, lengths)
+        x_ND = gated_residual(x_ND, self.attn1(h_ND, h_ND, lengths, lengths, rope), gate1, lengths)
+        h_ND = x_ND.to(_compute_dtype(x_ND)) if self.norm2 is None else _normed(self.norm2, x_ND)
+        x_ND = x_ND + self.attn2(h_ND, caption_LD, lengths, caption_lengths)
+        h_ND = _modulated(self.norm3, x_ND, scale3, shift3, lengths)
+        return gated_residual(x_ND, self.ffn(h_ND), gate3, lengths)
 
 
 class Attention(nn.Module):
-    """Multi-head attention over packed clips; queries and keys are RMS-normalised across all heads (Wan)."""
+    """Multi-head attention over packed clips, with RMS-normalised queries and keys.
 
-    def __init__(self, dim: int, num_heads: int, eps: float):
+    The norm runs over all heads together (Wan) or over each one (Step-Video), as many numbers as its weight has.
+    """
+
+    def __init__(self, config: StoryDiTConfig):
         super().__init__()
-        self.num_heads = num_heads
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps=eps)
-        self.norm_k = nn.RMSNorm(dim, eps=eps)
+        D, bias = config.hidden_dim, config.linear_bias
+        self.head_dim = config.attention_head_dim
+        self.to_q = nn.Linear(D, D, bias)
+        self.to_k = nn.Linear(D, D, bias)
+        self.to_v = nn.Linear(D, D, bias)
+        self.to_out = nn.ModuleList([nn.Linear(D, D, bias)])
+        norm_dim = D if config.qk_norm == "rms_norm_across_heads" else self.head_dim
+        self.norm_q = nn.RMSNorm(norm_dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(norm_dim, eps=config.eps)
 
     def forward(
         self,
@@ -243,31 +328,31 @@ class Attention(nn.Module):
         context_lengths: list[int],
         rope: Tensor | None = None,
     ) -> Tensor:
-        split_heads = lambda y: y.unflatten(-1, (self.num_heads, -1))  # noqa: E731
-        q_NAK = split_heads(_rms_norm(self.to_q(x_ND), self.norm_q))
-        k_MAK = split_heads(_rms_norm(self.to_k(context_MD), self.norm_k))
-        v_MAK = split_heads(self.to_v(context_MD))
-        if rope is not None:
-            q_NAK, k_MAK = _rotate(q_NAK, rope), _rotate(k_MAK, rope)
-        q_NAK, k_MAK = q_NAK.to(v_MAK.dtype), k_MAK.to(v_MAK.dtype)
+        v_MAK = self.to_v(context_MD).unflatten(-1, (-1, self.head_dim))
+        norms = ((self.to_q(x_ND), self.norm_q), (self.to_k(context_MD), self.norm_k))
+        q_NAK, k_MAK = (
+            normed_heads(y, norm.weight, rope, head_dim=self.head_dim, eps=norm.eps, dtype=v_MAK.dtype)
+            for y, norm in norms
+        )
         return self.to_out[0](packed_attention(q_NAK, k_MAK, v_MAK, lengths, context_lengths).flatten(1))
 
 
 class FeedForward(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int):
+    def __init__(self, dim: int, ffn_dim: int, bias: bool):
         super().__init__()
-        self.net = nn.ModuleList([GeluProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim)])
+        layers = [GeluProjection(dim, ffn_dim, bias), nn.Identity(), nn.Linear(ffn_dim, dim, bias)]
+        self.net = nn.ModuleList(layers)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return self.net[2](self.net[0](x_ND))
 
 
 class GeluProjection(nn.Module):
-    """Linear and tanh-GELU; a module of its own because Wan's checkpoints name it `net.0.proj`."""
+    """Linear and tanh-GELU; a module of its own because checkpoints name it `net.0.proj`."""
 
-    def __init__(self, dim: int, ffn_dim: int):
+    def __init__(self, dim: int, ffn_dim: int, bias: bool):
         super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
+        self.proj = nn.Linear(dim, ffn_dim, bias)
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.gelu(self.proj(x_ND), approximate="tanh")
@@ -276,11 +361,33 @@ class GeluProjection(nn.Module):
 class ConditionEmbedder(nn.Module):
     """Timestep and caption embeddings, under the names of Wan's checkpoints."""
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int):
+    def __init__(self, config: StoryDiTConfig):
         super().__init__()
-        self.time_embedder = SinusoidMlp(freq_dim, dim)
-        self.time_proj = Float32Linear(dim, 6 * dim)
-        self.text_embedder = TextProjection(text_dim, dim)
+        D = config.hidden_dim
+        self.eps, self.text_norm = config.eps, config.text_norm
+        self.time_embedder = SinusoidMlp(config.freq_dim, D)
+        self.time_proj = Float32Linear(D, 6 * D)
+        self.text_embedder = TextProjection(config.text_dim, D)
+        self.clip_embedder = nn.Linear(config.clip_text_dim, D) if config.clip_text_dim else None
+
+    def embed_captions(
+        self, captions: Sequence[CaptionEmbedding], dtype: torch.dtype
+    ) -> tuple[Tensor, list[int]]:
+        """All captions in one (L, D), and the rows of each; a pair's CLIP rows go before its LLM rows."""
+        if self.clip_embedder is None:
+            lengths = [len(caption) for caption in captions]
+            return self._embed_text(torch.cat([caption.to(dtype) for caption in captions])), lengths
+        clip, text = (torch.cat([part.to(dtype) for part in parts]) for parts in zip(*captions, strict=True))
+        clip_lengths, text_lengths = ([len(part) for part in parts] for parts in zip(*captions, strict=True))
+        clip_rows = self.clip_embedder(clip).split(clip_lengths)
+        text_rows = self._embed_text(text).split(text_lengths)
+        rows = [row for pair in zip(clip_rows, text_rows, strict=True) for row in pair]
+        return torch.cat(rows), [a + b for a, b in zip(clip_lengths, text_lengths, strict=True)]
+
+    def _embed_text(self, text_LT: Tensor) -> Tensor:
+        if self.text_norm:
+            text_LT = F.layer_norm(text_LT.float(), text_LT.shape[-1:], eps=self.eps).to(text_LT.dtype)
+        return self.text_embedder(text_LT)
 
 
 class TextProjection(nn.Module):
@@ -300,14 +407,16 @@ class StoryEmbedder(nn.Module):
     condition is its null vector, never the embedding of 0. Last layers and null vectors start at zero.
     """
 
-    def __init__(self, dim: int, freq_dim: int, frame_number: bool):
+    def __init__(self, config: StoryDiTConfig):
         super().__init__()
+        D, freq_dim = config.hidden_dim, config.freq_dim
+        self.resolution_divisor = config.resolution_divisor
         for name in SCALAR_CONDITIONS:
-            setattr(self, name, SinusoidMlp(freq_dim, dim))
-        self.resolution = SinusoidMlp(freq_dim, dim // 2)
+            setattr(self, name, SinusoidMlp(freq_dim, D))
+        self.resolution = SinusoidMlp(freq_dim, D // 2)
         names = (*SCALAR_CONDITIONS, "resolution")
-        self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(dim)) for name in names})
-        self.frame_number = SinusoidMlp(freq_dim, dim) if frame_number else None
+        self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(D)) for name in names})
+        self.frame_number = SinusoidMlp(freq_dim, D) if config.frame_number_embedding else None
 
     def forward(self, conditions: Sequence[ClipConditions], device: torch.device) -> Tensor:
         """Sum of the five embeddings (B, D), float32."""
@@ -315,7 +424,8 @@ class StoryEmbedder(nn.Module):
         for name in SCALAR_CONDITIONS:
             values = [getattr(condition, name) for condition in conditions]
             total = total + self._embed_known(name, values, 0.0, lambda known, embed: embed(known), device)
-        sizes = [None if c.height is None else (c.height, c.width) for c in conditions]
+        unit = self.resolution_divisor
+        sizes = [None if c.height is None else (c.height / unit, c.width / unit) for c in conditions]
         both = lambda known, embed: embed(known.flatten()).unflatten(0, (-1, 2)).flatten(1)  # noqa: E731
         return total + self._embed_known("resolution", sizes, (0.0, 0.0), both, device)
 
@@ -366,29 +476,18 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _modulated_norm(
-    x_ND: Tensor, shift_BD: Tensor, scale_BD: Tensor, lengths: list[int], eps: float
-) -> Tensor:
-    """LayerNorm without weights, then (1 + scale) x + shift by clip, in float32, for the next products."""
-    normed = F.layer_norm(x_ND.float(), x_ND.shape[-1:], eps=eps)
-    # slices, not a gather by segment id: the gather's backward adds rows one by one, in bf16 with 4e-2 error
-    parts = zip(shift_BD, normed.split(lengths), 1 + scale_BD, strict=True)
-    return torch.cat([torch.addcmul(shift, x, scale) for shift, x, scale in parts]).to(_compute_dtype(x_ND))
+def _modulated(norm: nn.LayerNorm, x_ND: Tensor, scale: Tensor, shift: Tensor, lengths: list[int]) -> Tensor:
+    return modulated_norm(
+        x_ND,
+        scale,
+        shift,
+        lengths,
+        eps=norm.eps,
+        dtype=_compute_dtype(x_ND),
+        weight_D=norm.weight,
+        bias_D=norm.bias,
+    )
 
 
-def _gated_residual(x_ND: Tensor, y_ND: Tensor, gate_BD: Tensor, lengths: list[int]) -> Tensor:
-    """x + gate y by clip, computed in float32."""
-    parts = zip(x_ND.float().split(lengths), y_ND.float().split(lengths), gate_BD, strict=True)
-    return torch.cat([torch.addcmul(x, y, gate) for x, y, gate in parts]).to(x_ND.dtype)
-
-
-def _rms_norm(x_ND: Tensor, norm: nn.RMSNorm) -> Tensor:
-    """RMSNorm in float32, as Wan computes it; the result stays float32 for RoPE."""
-    x_ND = x_ND.float()
-    return x_ND * torch.rsqrt(x_ND.square().mean(-1, keepdim=True) + norm.eps) * norm.weight.float()
-
-
-def _rotate(x_NAK: Tensor, rope: Tensor) -> Tensor:
-    """Rotates pairs (2i, 2i+1) of every head by the token's angles, in float32."""
-    pairs = torch.view_as_complex(x_NAK.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rope).flatten(-2)
+def _normed(norm: nn.LayerNorm, x_ND: Tensor) -> Tensor:
+    return affine_norm(x_ND, norm.weight, norm.bias, eps=norm.eps, dtype=_compute_dtype(x_ND))

@@ -1,12 +1,11 @@
 """Many clips of any frame count and size in one token sequence, without padding.
 
-Legend: F story frames, C channels, H W latent size, N tokens of all clips, p patch size, K head width.
+Legend: F story frames, C channels, H W latent size, N tokens of all clips, p patch size.
 Tokens run by frame, row and column, as in Wan and Step-Video. A grid is (F, H/p, W/p) of one clip.
 Lengths stay on the host as Python lists, so that splitting by clip never waits for the device.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,23 +38,3 @@ def unpatchify(tokens_NV: Tensor, grids: Sequence[Grid], patch: int) -> list[Ten
 
 def token_counts(grids: Sequence[Grid]) -> list[int]:
     return [F * h * w for F, h, w in grids]
-
-
-def rope_table(grids: Sequence[Grid], head_dim: int, device: torch.device) -> Tensor:
-    """Rotations (N, 1, K/2) complex64: time, height and width share the head as in Wan (44/42/42 of 128)."""
-    return torch.cat([_rope_of_grid(grid, head_dim, device) for grid in grids])[:, None]
-
-
-@lru_cache(maxsize=256)
-def _rope_of_grid(grid: Grid, head_dim: int, device: torch.device) -> Tensor:
-    spatial_dim = 2 * (head_dim // 6)
-    axis_dims = (head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
-    angles = []
-    for axis, (size, dim) in enumerate(zip(grid, axis_dims, strict=True)):
-        frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        shape = [1, 1, 1, dim // 2]
-        shape[axis] = size
-        positions = torch.arange(size, dtype=torch.float64)
-        angles.append((positions[:, None] * frequencies).reshape(shape).expand(*grid, -1))
-    angle = torch.cat(angles, dim=-1).flatten(0, 2)  # float64: bf16 angles would be off by up to 0.1 rad
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)

@@ -241,11 +241,17 @@ def test_a_saved_network_comes_back_exactly(dit, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_checkpointed_activations_give_the_same_gradients():
+@pytest.mark.parametrize("mode", ["selective", "full", "auto"])
+def test_checkpointed_activations_give_the_same_gradients(mode):
     plain, checkpointed = make_dit(story_std=0.3), make_dit(story_std=0.3)
-    checkpointed.enable_gradient_checkpointing()
+    checkpointed.set_activation_checkpointing(mode)
     for (name, one), other in zip(gradients(plain).items(), gradients(checkpointed).values(), strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_an_unknown_way_of_checkpointing_is_refused(dit):
+    with pytest.raises(ValueError, match="activation_checkpointing is 'some', expected one of none, sel"):
+        dit.set_activation_checkpointing("some")
 
 
 def test_an_adapter_starts_at_nothing_learns_and_can_be_taken_off():
@@ -296,7 +302,12 @@ def test_inputs_that_do_not_fit_say_what_was_found(dit, change, message):
         (lambda: StoryDiTConfig.preset("wan-2b"), "unknown preset 'wan-2b', expected one of tiny, wan-1.3b"),
         (lambda: dataclasses.replace(CONFIG, patch_size=(2, 2, 2)), r"never merged, found (2, 2, 2)"),
         (lambda: dataclasses.replace(CONFIG, attention_head_dim=9), "even and at least 12, found 9"),
-        (lambda: StoryDiT.from_config({**vars(CONFIG), "qk_norm": True}), "unknown keys ['qk_norm']"),
+        (lambda: StoryDiT.from_config({**vars(CONFIG), "image_dim": 1280}), "unknown keys ['image_dim']"),
+        (
+            lambda: dataclasses.replace(CONFIG, qk_norm="layer_norm"),
+            "qk_norm is 'layer_norm', expected rms_norm_ac",
+        ),
+        (lambda: dataclasses.replace(CONFIG, rope_axes_dim=(4, 4, 5)), r"found (4, 4, 5)"),
     ],
 )
 def test_an_impossible_network_is_refused(make, message):

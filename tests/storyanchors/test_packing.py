@@ -1,12 +1,10 @@
 """Clips of any sizes in one sequence: which token stands where, and how far it is turned."""
 
-import cmath
-
 import pytest
 import torch
 from torch import Tensor
 
-from storyanchors.packing import patchify, rope_table, token_counts, unpatchify
+from storyanchors.packing import patchify, token_counts, unpatchify
 
 GRIDS = [(1, 2, 3), (4, 1, 1), (2, 3, 2)]
 PATCH = 2
@@ -59,34 +57,3 @@ def test_patchify_is_the_patch_embedding_of_wan():
 def test_latents_that_do_not_divide_into_patches_are_refused(size):
     with pytest.raises(ValueError, match=f"latents of {size[0]}x{size[1]} do not divide into patches of 2x2"):
         patchify([torch.zeros(2, 3, *size)], 2)
-
-
-@pytest.mark.parametrize(("head_dim", "axes"), [(128, (44, 42, 42)), (64, (24, 20, 20)), (12, (4, 4, 4))])
-def test_rotations_are_those_of_wan(head_dim, axes):
-    """Each axis has its own part of the head and its own frequencies 10000^(-2i/d), counted from 0."""
-    table = rope_table(GRIDS, head_dim, torch.device("cpu"))
-    assert table.shape == (sum(token_counts(GRIDS)), 1, head_dim // 2)
-    token = 0
-    for F, h, w in GRIDS:
-        for position in ((f, y, x) for f in range(F) for y in range(h) for x in range(w)):
-            expected = [
-                cmath.exp(1j * at / 10000 ** (2 * i / dim))
-                for at, dim in zip(position, axes, strict=True)
-                for i in range(dim // 2)
-            ]
-            assert table[token, 0].tolist() == pytest.approx(expected, abs=1e-6)
-            token += 1
-
-
-def test_rotations_of_far_positions_are_exact():
-    """Angles are computed in float64: in float32 the last of 4000 frames would be off by 1e-4."""
-    table = rope_table([(4000, 1, 1)], 128, torch.device("cpu"))
-    expected = cmath.exp(1j * 3999 / 10000 ** (2 / 44))
-    assert complex(table[-1, 0, 1]) == pytest.approx(expected, abs=1e-6)
-
-
-def test_a_clip_is_turned_alike_wherever_it_stands_in_the_pack():
-    first, second = (rope_table(grids, 64, torch.device("cpu")) for grids in (GRIDS, GRIDS[::-1]))
-    counts = token_counts(GRIDS)
-    for a, b in zip(first.split(counts), reversed(second.split(counts[::-1])), strict=True):
-        assert torch.equal(a, b)
