@@ -10,7 +10,6 @@ Legend: B clips, N tokens of all clips, D width.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,7 +24,7 @@ def modulated_norm(
     weight_D: Tensor | None = None,
     bias_D: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift with clip i's row for its lengths[i] tokens: float32 math, (N, D) in dtype.
+    """LayerNorm(x) (1 + scale) + shift by clip, of lengths[i] tokens: float32 math, (N, D) in dtype.
 
     weight and bias are those of a LayerNorm that has some (Step-Video); they fold into the clip's rows.
     """

@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from storyanchors.attention import packed_attention
+from storyanchors.attention import (
+    FLASH_2,
+    FLASH_3,
+    SDPA,
+    TORCH_VARLEN,
+    choose_kernel,
+    describe_kernel,
+    packed_attention,
+)
 
 HEADS, WIDTH = 2, 8
 
@@ -66,3 +74,38 @@ def test_both_ways_of_computing_have_the_same_gradients():
 def test_lengths_that_do_not_add_up_are_refused(q_lengths, k_lengths):
     with pytest.raises((ValueError, RuntimeError)):
         packed_attention(tokens(7, 0), tokens(7, 1), tokens(7, 2), q_lengths, k_lengths)
+
+
+# The choice of a kernel; none of these runs on a CPU
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+ALL = (FLASH_3, FLASH_2, TORCH_VARLEN)
+LONG, SHORT = [18720, 12480], [1500, 900, 1600]
+
+
+@pytest.mark.parametrize(
+    ("capability", "lengths", "installed", "expected"),
+    [
+        (HOPPER, LONG, ALL, FLASH_3),
+        (HOPPER, LONG, (FLASH_2, TORCH_VARLEN), SDPA),  # cuDNN's kernel is faster than FlashAttention 2
+        (HOPPER, SHORT, (FLASH_2, TORCH_VARLEN), FLASH_2),
+        (HOPPER, SHORT, (TORCH_VARLEN,), TORCH_VARLEN),
+        (HOPPER, SHORT[:1], (FLASH_2, TORCH_VARLEN), SDPA),
+        (AMPERE, SHORT, ALL, FLASH_2),
+        (AMPERE, LONG, ALL, SDPA),
+        (AMPERE, SHORT, (), SDPA),
+    ],
+)
+def test_the_kernel_follows_the_clips_and_what_is_installed(capability, lengths, installed, expected):
+    assert choose_kernel(capability, torch.bfloat16, 128, lengths, installed) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim"), [(torch.float32, 128), (torch.bfloat16, 512), (torch.bfloat16, 36)]
+)
+def test_what_flash_kernels_do_not_take_goes_to_sdpa(dtype, head_dim):
+    assert choose_kernel(HOPPER, dtype, head_dim, SHORT, ALL) == SDPA
+
+
+def test_the_kernel_is_named_for_the_log():
+    assert describe_kernel(torch.device("cpu"), torch.float32, 64) == "SDPA for each clip (flash_attention)"
