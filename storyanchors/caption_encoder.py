@@ -7,8 +7,10 @@ import hashlib
 import html
 import json
 import re
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Protocol
 
 import ftfy
 import numpy as np
@@ -17,7 +19,59 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, UMT5EncoderModel
 
+from storyanchors.caption_cache import PrecomputedCaptions
+from storyanchors.story import CutPart, shorter_captions
 from storyanchors.weights import part_folder, read_json
+
+# what decides UMT5's numbers besides its tensors
+UMT5_SETTINGS = (
+    "num_heads", "feed_forward_proj", "layer_norm_epsilon",
+    "relative_attention_num_buckets", "relative_attention_max_distance",
+)  # fmt: skip
+WORDS = "words"  # instead of a folder or reference: the WordEncoder, which needs no files
+
+
+class TokenCounter(Protocol):
+    max_tokens: int | None  # of one text; None: no limit
+
+    def count_tokens(self, text: str) -> int: ...
+
+
+@dataclass(frozen=True)
+class FittedCaption:
+    """A caption that an encoder takes whole, and what it has lost for that, in the order of losing it."""
+
+    text: str
+    dropped: list[CutPart]
+
+    @property
+    def loss(self) -> str:
+        """What was dropped, for a warning."""
+        parts = [
+            f"the {part.kind} {part.text if len(part.text) <= 48 else part.text[:45] + '...'!r}"
+            for part in self.dropped
+        ]
+        return f"the caption is too long for its text encoder and loses {', '.join(parts)}"
+
+
+def fit_caption(text: str, encoder: TokenCounter) -> FittedCaption:
+    """The caption, or as much of it as fits into the encoder's max_tokens, cut along its structure.
+
+    A prompt loses first its style, then its subjects from the least important on, then whole events from the
+    end of the story; any other text whole sentences from its end. ValueError where one event or one sentence
+    alone is too long.
+    """
+    if encoder.max_tokens is None or encoder.count_tokens(text) <= encoder.max_tokens:
+        return FittedCaption(text, [])
+    dropped = []
+    for shorter, part in shorter_captions(text):
+        dropped.append(part)
+        if encoder.count_tokens(shorter) <= encoder.max_tokens:
+            return FittedCaption(shorter, dropped)
+    raise ValueError(
+        f"the caption has {encoder.count_tokens(text)} tokens, at most {encoder.max_tokens} can be encoded, "
+        f"and its first event or sentence alone has more: {text[:60]!r}..."
+    )
 
 
 class WordEncoder:
@@ -31,6 +85,7 @@ class WordEncoder:
 
     part_dim = 64
     text_dim = 3 * part_dim
+    clip_text_dim = None
     max_tokens = 4096
 
     def encode(self, texts: list[str]) -> list[Tensor]:
@@ -39,6 +94,10 @@ class WordEncoder:
 
     def count_tokens(self, text: str) -> int:
         return max(1, sum(len(_words(line)) for line in text.split("\n")))
+
+    def fingerprint(self) -> str:
+        """The same for encoders that give the same embeddings."""
+        return hashlib.sha256(f"WordEncoder {self.part_dim}".encode()).hexdigest()
 
     def _encode_one(self, text: str) -> Tensor:
         if self.count_tokens(text) > self.max_tokens:
@@ -86,46 +145,79 @@ def _vector(word: str, dim: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(seed)).standard_normal(dim, dtype=np.float32)
 
 
-class Umt5Encoder:
+class Umt5Tokens:
+    """A text in the tokens of Wan's caption encoder: UMT5's tokenizer after Wan's cleaning."""
+
+    max_tokens = 512
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
+
+    def ids(self, text: str) -> Tensor:
+        """(L,) with the end mark."""
+        return torch.tensor(self.tokenizer(_cleaned(text)).input_ids)
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of the cleaned text with its end mark; 1 for ""."""
+        return len(self.ids(text))
+
+    @classmethod
+    def from_pretrained(cls, reference: str | Path) -> "Umt5Tokens":
+        """Reads tokenizer/ of a pipeline's folder or of a Hub id."""
+        folder = part_folder(reference, "tokenizer")
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
+            # transformers would make up a vocabulary of a few words
+            raise ValueError(f"found no tokenizer.json or spiece.model in {folder}")
+        return cls(AutoTokenizer.from_pretrained(folder))
+
+
+class Umt5Encoder(Umt5Tokens):
     """Wan's caption encoder: UMT5 (XXL in the published models) and its tokenizer, run as Wan runs them.
 
     Wan's cross-attention has no mask: it was trained on 512 rows, of which those behind the last token are
     zeros, and attends to the zeros as well. They are therefore part of the embedding.
     """
 
-    max_tokens = 512
+    clip_text_dim = None
 
     def __init__(self, model: UMT5EncoderModel, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer)
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
 
     @property
     def text_dim(self) -> int:
         return self.model.config.d_model
 
-    def count_tokens(self, text: str) -> int:
-        """Tokens of the cleaned text with its end mark; 1 for ""."""
-        return len(self.tokenizer(_cleaned(text)).input_ids)
-
-    @torch.no_grad()
     def encode(self, texts: list[str]) -> list[Tensor]:
         """-> one (512, text_dim) tensor per text in the model's dtype, zeros behind the last token.
 
         ValueError for a text of more than 512 tokens: it would lose its last events.
         """
-        batch = self.tokenizer([_cleaned(text) for text in texts], padding=True, return_tensors="pt")
-        lengths = batch.attention_mask.sum(1).tolist()
-        for text, length in zip(texts, lengths, strict=True):
-            if length > self.max_tokens:
-                raise ValueError(
-                    f"the caption has {length} tokens, at most {self.max_tokens} can be encoded: "
-                    f"{text[:60]!r}..."
-                )
+        return [self._encode_one(text) for text in texts]
+
+    @torch.no_grad()
+    def _encode_one(self, text: str) -> Tensor:
+        """One by one: no padding is computed, and no text changes a bit of another's embedding."""
+        ids = self.ids(text)
+        if len(ids) > self.max_tokens:
+            raise ValueError(
+                f"the caption has {len(ids)} tokens, at most {self.max_tokens} can be encoded: "
+                f"{text[:60]!r}..."
+            )
         device = self.model.device
         with torch.autocast(device.type, enabled=False):  # the same numbers in a training step and outside
-            rows = self.model(batch.input_ids.to(device), batch.attention_mask.to(device)).last_hidden_state
-        pairs = zip(rows, lengths, strict=True)
-        return [F.pad(row[:length], (0, 0, 0, self.max_tokens - length)) for row, length in pairs]
+            rows_LT = self.model(ids[None].to(device)).last_hidden_state[0]
+        return F.pad(rows_LT, (0, 0, 0, self.max_tokens - len(ids)))
+
+    def fingerprint(self) -> str:
+        """The same for encoders that give the same embeddings: tokenizer, sizes, weights and their dtype."""
+        digest = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode())
+        config = self.model.config
+        digest.update(f"{self.max_tokens} {[getattr(config, name) for name in UMT5_SETTINGS]}".encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).cpu().numpy())
+        return digest.hexdigest()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Umt5Encoder":
         self.model.to(device=device, dtype=dtype)
@@ -139,14 +231,11 @@ class Umt5Encoder:
     @classmethod
     def from_pretrained(cls, reference: str | Path) -> "Umt5Encoder":
         """Reads text_encoder/ and tokenizer/ of a pipeline's folder or of a Hub id, in the stored dtype."""
-        tokenizer_folder = part_folder(reference, "tokenizer")
-        if not any((tokenizer_folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):
-            # transformers would make up a vocabulary of a few words
-            raise ValueError(f"found no tokenizer.json or spiece.model in {tokenizer_folder}")
+        tokenizer = Umt5Tokens.from_pretrained(reference).tokenizer
         model = UMT5EncoderModel.from_pretrained(
             part_folder(reference, "text_encoder"), dtype="auto", use_safetensors=True
         )
-        return cls(model, AutoTokenizer.from_pretrained(tokenizer_folder))
+        return cls(model, tokenizer)
 
 
 def _cleaned(text: str) -> str:
@@ -154,15 +243,26 @@ def _cleaned(text: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
-def load_caption_encoder(reference: str | Path) -> WordEncoder | Umt5Encoder:
-    """The caption encoder in a folder, a pipeline's folder or on the Hub, by what its config.json names."""
+def load_caption_encoder(reference: str | Path) -> WordEncoder | Umt5Encoder | PrecomputedCaptions:
+    """The encoder "words", or that of a folder, a pipeline's folder or a Hub id, by its config.json."""
+    if reference == WORDS:
+        return WordEncoder()
     config_file = part_folder(reference, "text_encoder") / "config.json"
     config = read_json(config_file)
     if config.get("_class_name") == "WordEncoder":
         return WordEncoder.from_pretrained(reference)
+    if config.get("_class_name") == "PrecomputedCaptions":
+        return PrecomputedCaptions(reference)
     if config.get("model_type") == "umt5":
         return Umt5Encoder.from_pretrained(reference)
     raise ValueError(
-        f"{config_file} names neither a WordEncoder nor a umt5 model: {config.get('_class_name')!r}, "
-        f"model_type {config.get('model_type')!r}"
+        f"{config_file} names neither a WordEncoder, PrecomputedCaptions nor a umt5 model: "
+        f"{config.get('_class_name')!r}, model_type {config.get('model_type')!r}"
     )
+
+
+def load_token_counter(reference: str | Path) -> TokenCounter:
+    """Counts tokens as load_caption_encoder(reference) does; of a pipeline only the tokenizer is read."""
+    if reference == WORDS or (Path(reference) / "config.json").is_file():
+        return load_caption_encoder(reference)
+    return Umt5Tokens.from_pretrained(reference)

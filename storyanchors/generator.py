@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from storyanchors.caption_encoder import load_caption_encoder
+from storyanchors.caption_cache import embedding_to
+from storyanchors.caption_encoder import fit_caption, load_caption_encoder
 from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES, frames_to_tensor, tensor_to_frames
 from storyanchors.codec import load_codec
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
@@ -92,9 +93,10 @@ class StoryGenerator:
         """The story's frames as RGB images; given frames, keyed by number, come back pixel-identical.
 
         num_frames defaults to the story's; height and width (pixels) and the sampler's settings to the
-        model's; caption, the text that the network reads, to story.prompt(). Of the conditions, the number
-        of frames, height and width are filled in where unknown. callback(step, latents) sees after every
-        step the present guess of the clean latents, a list of one (F, C, h, w).
+        model's; caption, the text that the network reads, to story.prompt(). A caption that is too long for
+        the text encoder is cut as fit_caption does it, with a warning. Of the conditions, the number of
+        frames, height and width are filled in where unknown. callback(step, latents) sees after every step
+        the present guess of the clean latents, a list of one (F, C, h, w).
         ValueError for settings and given frames that do not fit.
         """
         return self.generate_many(
@@ -154,7 +156,7 @@ class StoryGenerator:
                 size,
                 given[index] if given else {},
                 conditions[index] if conditions else ClipConditions(),
-                captions[index] if captions else story.prompt(),
+                self._fitted(captions[index] if captions else story.prompt(), index + 1),
                 seed + index,
             )
             for index, story in enumerate(stories)
@@ -162,6 +164,13 @@ class StoryGenerator:
         with tqdm(total=num_steps, desc="sampling", unit="step", disable=not progress) as bar:
             latents = self._sample(clips, sigmas, guidance_scale, sampler, bar, callback)
         return [self._frames(clip, clip_latents) for clip, clip_latents in zip(clips, latents, strict=True)]
+
+    def _fitted(self, caption: str, number: int) -> str:
+        """As much of the caption of story `number` as the text encoder takes."""
+        fitted = fit_caption(caption, self.caption_encoder)
+        if fitted.dropped:
+            log.warning("story %d: %s", number, fitted.loss)
+        return fitted.text
 
     def _clip(
         self,
@@ -210,9 +219,9 @@ class StoryGenerator:
     ) -> list[Tensor]:
         """Latents (F, C, h, w) of every clip. All clips are one flat tensor to the sampler."""
         both = guidance_scale != 1
-        texts = [clip.caption for clip in clips]
-        *captions, no_caption = (c.to(self.device) for c in self.caption_encoder.encode([*texts, ""]))
-        captions += [no_caption] * len(clips) if both else []
+        texts = [clip.caption for clip in clips] + ([""] if both else [])
+        captions = [embedding_to(caption, self.device) for caption in self.caption_encoder.encode(texts)]
+        captions += captions[-1:] * (len(clips) - 1) if both else []
         conditions = [clip.conditions for clip in clips] * (2 if both else 1)
         shapes = [clip.noise.shape for clip in clips]
 
@@ -332,6 +341,7 @@ def _check_parts(dit: StoryDiT, codec, caption_encoder, folder: Path) -> None:
     for name, part, expected in (
         ("latent_channels", codec.latent_channels, dit.config.latent_channels),
         ("text_dim", caption_encoder.text_dim, dit.config.text_dim),
+        ("clip_text_dim", caption_encoder.clip_text_dim, dit.config.clip_text_dim),
     ):
         if part != expected:
             raise ValueError(

@@ -1,12 +1,13 @@
 """What a story is: numbered events, subjects and style (paper 2.2), and the one text that prompts a model.
 
 `Story.prompt()` is the multi-event caption of training and inference alike; `Story.from_prompt()` is its
-inverse.
+inverse. A caption that is too long for a text encoder is cut along its structure, see `shorter_captions`.
 """
 
 import json
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,12 @@ _SUBJECTS_TITLE = "Subjects:"
 _STYLE_TITLE = "Video Style:"
 _EVENT_LINE = re.compile(r"\[(\d+)(?:-(\d+))?\] (.+)")
 _SUBJECT_LINE = re.compile(r"(\d+)\. (.+)")
+# Where a sentence may end: Latin marks before a space, and the full-width ones anywhere
+_SENTENCE_END = re.compile(
+    r"[.!?\u2026\u061f\u0964]+[\"')\]\u201d\u2019]*(\s+|$)|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f]*\s*"
+)
+_BRACKETS = ("()", "[]", "\u201c\u201d", "\u300c\u300d", "\u300e\u300f")
+_ABBREVIATIONS = frozenset("mr mrs ms dr prof st jr sr vs etc no ca approx lt sgt capt".split())
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,14 @@ class Event:
             raise ValueError(f"an event's frames run backwards: found {self.first_frame}..{self.last_frame}")
         if not self.description:
             raise ValueError(f"the event of frames {self.first_frame}..{self.last_frame} has no description")
+
+
+@dataclass(frozen=True)
+class CutPart:
+    """What a caption loses where it is too long."""
+
+    kind: str  # style, subject, event or sentence
+    text: str
 
 
 @dataclass(frozen=True)
@@ -90,10 +105,7 @@ class Story:
     def prompt(self) -> str:
         """The multi-event caption: every event behind its frame range, then subjects by rank, then style."""
         lines = [_EVENTS_TITLE]
-        for event in self.events:
-            single = event.first_frame == event.last_frame
-            frames = str(event.first_frame) if single else f"{event.first_frame}-{event.last_frame}"
-            lines.append(f"[{frames}] {event.description}")
+        lines += map(_event_line, self.events)
         if self.subjects:
             lines.append(_SUBJECTS_TITLE)
             lines += [f"{rank}. {subject}" for rank, subject in enumerate(self.subjects, start=1)]
@@ -125,6 +137,25 @@ class Story:
                     f"line {number} of the prompt: found {line!r}, expected {expected} or the style"
                 )
         return cls(events, subjects, style)
+
+    def shortened(self) -> Iterator[tuple["Story", CutPart]]:
+        """Ever less of this story, and what went last; at the end one event is left.
+
+        First the style goes, then the subjects from the least important on, then whole events, the one that
+        begins last first: what is left is a story of frames 1..n.
+        """
+        story = self
+        if story.style:
+            story = replace(story, style="")
+            yield story, CutPart("style", self.style)
+        for number in range(len(self.subjects), 0, -1):
+            story = replace(story, subjects=self.subjects[: number - 1])
+            yield story, CutPart("subject", self.subjects[number - 1])
+        while len(story.events) > 1:
+            last = max(range(len(story.events)), key=lambda i: (story.events[i].first_frame, i))
+            cut = story.events[last]
+            story = replace(story, events=story.events[:last] + story.events[last + 1 :])
+            yield story, CutPart("event", _event_line(cut))
 
     def to_dict(self) -> dict:
         """The shape of a story file: version, style, subjects, events, global_caption."""
@@ -182,6 +213,38 @@ class Story:
         path.write_text(text, encoding="utf-8")
 
 
+def shorter_captions(text: str) -> Iterator[tuple[str, CutPart]]:
+    """Ever shorter versions of a caption, and what each has lost; the last one is an event or a sentence.
+
+    A prompt loses what Story.shortened takes, any other text whole sentences from its end. ValueError for a
+    text that begins like a prompt and is none.
+    """
+    if text.startswith(_EVENTS_TITLE):
+        yield from ((story.prompt(), part) for story, part in Story.from_prompt(text).shortened())
+        return
+    ends = _sentence_ends(text)
+    for before, end in zip(ends[-2::-1], ends[:0:-1]):
+        yield text[:before].rstrip(), CutPart("sentence", text[before:end].strip())
+
+
+def _sentence_ends(text: str) -> list[int]:
+    """Where the sentences of a text end; rather too few than one inside a sentence."""
+    ends = [match.end() for match in _SENTENCE_END.finditer(text) if _ends_sentence(text, match)]
+    return ends if ends and not text[ends[-1] :].strip() else [*ends, len(text)]
+
+
+def _ends_sentence(text: str, match: re.Match) -> bool:
+    before, after = text[: match.start()], text[match.end() :]
+    quoted = text[: match.end()]
+    if quoted.count('"') % 2 or any(quoted.count(a) != quoted.count(b) for a, b in _BRACKETS):
+        return False
+    if after[:1].islower():
+        return False
+    word = before.split()[-1].lower().lstrip("\"'([") if before.split() else ""
+    is_abbreviation = len(word) == 1 or "." in word or word in _ABBREVIATIONS
+    return not (match[0].strip() == "." and is_abbreviation and after)
+
+
 class _StoryLoader(yaml.SafeLoader):
     """Refuses a key that is given twice: YAML would keep the last one without a word."""
 
@@ -192,6 +255,11 @@ class _StoryLoader(yaml.SafeLoader):
                 raise ValueError(f"{key.value!r} is given twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _event_line(event: Event) -> str:
+    first, last = event.first_frame, event.last_frame
+    return f"[{first if first == last else f'{first}-{last}'}] {event.description}"
 
 
 def _single_line(text: str, what: str) -> str:

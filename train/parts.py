@@ -8,17 +8,18 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
-from storyanchors.caption_encoder import WordEncoder, load_caption_encoder
+from storyanchors.caption_cache import CachedCaptions, PrecomputedCaptions
+from storyanchors.caption_encoder import WORDS, load_caption_encoder
 from storyanchors.clip import frames_to_tensor
 from storyanchors.codec import PcaCodec, load_codec
-from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit import CaptionEmbedding, StoryDiT, StoryDiTConfig
 from storyanchors.output_folder import output_folder
 from train.clip_index import ClipIndex
 from train.data_plan import epoch_order
 from train.loader import ClipReader
 
 CODEC, CAPTION_ENCODER = "codec", "caption_encoder"  # folders in a run folder
-FITTED_CODEC, WORDS = "pca", "words"  # instead of a folder or reference: made here, no files needed
+FITTED_CODEC = "pca"  # instead of a folder or reference: made here, no files needed
 
 
 class Codec(Protocol):
@@ -33,8 +34,11 @@ class Codec(Protocol):
 
 class CaptionEncoder(Protocol):
     text_dim: int
+    clip_text_dim: int | None
+    max_tokens: int | None
 
-    def encode(self, texts: list[str]) -> list[Tensor]: ...
+    def encode(self, texts: list[str]) -> list[CaptionEmbedding]: ...
+    def count_tokens(self, text: str) -> int: ...
     def save_pretrained(self, folder: str | Path) -> None: ...
     def to(self, device: torch.device, dtype: torch.dtype) -> "CaptionEncoder": ...
 
@@ -52,6 +56,7 @@ class ModelConfig:
     codec: str = MISSING  # pca (fitted on the data set) or a folder or hub id
     pca_frames: int = 2048  # story frames that the pca codec is fitted on
     caption_encoder: str = MISSING  # words or a folder or hub id
+    caption_cache: str | None = None  # a folder of embeddings that runs share; None = encode every time
     sigma_shift: float = 1.0  # toward noise, for training and sampling alike
     activation_checkpointing: bool = False
 
@@ -83,15 +88,20 @@ def fit_codec(config: ModelConfig, index: ClipIndex, seed: int) -> PcaCodec:
 
 
 def open_caption_encoder(config: ModelConfig) -> CaptionEncoder:
-    if config.caption_encoder == WORDS:
-        return WordEncoder()
-    return load_caption_encoder(config.caption_encoder)
+    """The encoder that the config refers to, behind a cache where one is asked for."""
+    encoder = load_caption_encoder(config.caption_encoder)
+    if config.caption_cache is None:
+        return encoder
+    if isinstance(encoder, PrecomputedCaptions):
+        raise ValueError(f"model.caption_cache={config.caption_cache}: {encoder.folder} is on disk already")
+    return CachedCaptions(encoder, config.caption_cache)
 
 
 def check_parts(dit: StoryDiT, codec: Codec, caption_encoder: CaptionEncoder) -> None:
     """ValueError where the frozen parts are not those that the network expects."""
-    for name, found in (("latent_channels", codec.latent_channels), ("text_dim", caption_encoder.text_dim)):
-        if found != dit.config[name]:
+    parts = {"latent_channels": codec, "text_dim": caption_encoder, "clip_text_dim": caption_encoder}
+    for name, part in parts.items():
+        if (found := getattr(part, name)) != dit.config[name]:
             raise ValueError(f"the frozen part has {name}={found}, the network expects {dit.config[name]}")
 
 

@@ -9,8 +9,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from storyanchors.caption_cache import embedding_to
+from storyanchors.caption_encoder import fit_caption
 from storyanchors.conditioning import stack_condition_channels
-from storyanchors.dit import StoryDiT
+from storyanchors.dit import CaptionEmbedding, StoryDiT
 from storyanchors.flow import add_noise, flow_loss, velocity
 from train.checkpoints import Checkpoint
 from train.ema import Ema, EmaConfig
@@ -55,6 +57,7 @@ class StoryModule(L.LightningModule):
         self.num_skipped = 0
         self.grad_norm = torch.zeros(())
         self.batch_keys: list[str] = []
+        self.cut_captions: set[int] = set()  # hashes of those that a warning has named
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Everything of a checkpoint that is this module's own."""
@@ -86,8 +89,9 @@ class StoryModule(L.LightningModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             frames = [clip.frames.to(self.device) for clip in batch.clips]
             latents = [self.codec.encode(clip).float() for clip in frames]  # B x (F, C, H, W)
-            texts = self.caption_encoder.encode([draw.caption for draw in draws])  # B x (L, text_dim)
-            captions = [text.to(self.device) for text in texts]
+            captions = [  # B x (L, text_dim)
+                self.embed(clip.key, draw.caption) for clip, draw in zip(batch.clips, draws, strict=True)
+            ]
         noise = [draw_noise(clip, draw.noise_seed) for clip, draw in zip(latents, draws, strict=True)]
         noisy = [add_noise(*clip) for clip in zip(latents, noise, sigmas, strict=True)]
         inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, cond_masks, strict=True)]
@@ -96,6 +100,18 @@ class StoryModule(L.LightningModule):
         loss = flow_loss(prediction, target, cond_masks)
         # every clip weighs 1 / num_global_clips, however the ranks share them; DDP averages over ranks
         return loss * (len(batch.clips) * self.trainer.world_size / batch.num_global_clips)
+
+    def embed(self, key: str, caption: str) -> CaptionEmbedding:
+        """The embedding of a clip's caption; what a caption that is too long loses is said once per clip."""
+        try:
+            fitted = fit_caption(caption, self.caption_encoder)
+            [embedding] = self.caption_encoder.encode([fitted.text])
+        except ValueError as error:
+            raise ValueError(f"clip {key}: {error}") from error
+        if fitted.dropped and hash((key, caption)) not in self.cut_captions:
+            self.cut_captions.add(hash((key, caption)))
+            log.warning("clip %s: %s", key, fitted.loss)
+        return embedding_to(embedding, self.device)
 
     def draw(self, clip: LoadedClip) -> ClipDraw:
         return draw_clip(

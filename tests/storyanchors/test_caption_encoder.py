@@ -1,13 +1,21 @@
 import json
-import types
 
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
-from storyanchors.caption_encoder import Umt5Encoder, WordEncoder, _cleaned, load_caption_encoder
+from storyanchors.caption_encoder import (
+    Umt5Encoder,
+    Umt5Tokens,
+    WordEncoder,
+    _cleaned,
+    fit_caption,
+    load_caption_encoder,
+    load_token_counter,
+)
+from storyanchors.story import Event, Story, shorter_captions
 
 # Umt5Encoder
 
@@ -42,9 +50,32 @@ def encoder() -> Umt5Encoder:
     return Umt5Encoder(model, T5Tokenizer(vocab=vocabulary, extra_ids=0))
 
 
-def test_embeddings_are_those_that_diffusers_feeds_to_wan(encoder):
-    pipeline = types.SimpleNamespace(tokenizer=encoder.tokenizer, text_encoder=encoder.model)
-    expected = WanPipeline._get_t5_prompt_embeds(pipeline, TEXTS, max_sequence_length=512, device="cpu")
+@pytest.fixture(scope="module")
+def pipeline(encoder, vae) -> WanPipeline:
+    """diffusers' whole text-to-video pipeline around the same text encoder, all of it tiny."""
+    sizes = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=16, num_layers=1, freq_dim=16)
+    transformer = WanTransformer3DModel(text_dim=encoder.text_dim, in_channels=16, out_channels=16, **sizes)
+    pipeline = WanPipeline(
+        encoder.tokenizer, encoder.model, vae, FlowMatchEulerDiscreteScheduler(), transformer
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_embeddings_are_those_that_diffusers_feeds_to_wans_transformer(encoder, pipeline):
+    fed = []
+    pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, inputs: fed.append(inputs["encoder_hidden_states"]), with_kwargs=True
+    )
+    sizes = dict(height=16, width=16, num_frames=1, num_inference_steps=1, output_type="latent")
+    pipeline(TEXTS, negative_prompt="", guidance_scale=5.0, max_sequence_length=512, **sizes)
+    captions, no_captions = fed
+    torch.testing.assert_close(torch.stack(encoder.encode(TEXTS)), captions, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.encode([""])[0], no_captions[0], atol=1e-5, rtol=1e-5)
+
+
+def test_embeddings_are_those_of_encode_prompt(encoder, pipeline):
+    expected, _ = pipeline.encode_prompt(TEXTS, max_sequence_length=512, do_classifier_free_guidance=False)
     torch.testing.assert_close(torch.stack(encoder.encode(TEXTS)), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -60,7 +91,7 @@ def test_rows_behind_the_last_token_are_zero_and_the_others_are_not(encoder):
 def test_an_embedding_does_not_depend_on_its_neighbours(encoder):
     together = encoder.encode(TEXTS)
     for text, embedding in zip(TEXTS, together, strict=True):
-        torch.testing.assert_close(encoder.encode([text])[0], embedding, atol=1e-5, rtol=1e-5)
+        assert torch.equal(encoder.encode([text])[0], embedding)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +138,7 @@ def test_the_folder_names_the_class(tmp_path):
     assert isinstance(load_caption_encoder(tmp_path), WordEncoder)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(
-        ValueError, match="names neither a WordEncoder nor a umt5 model: None, model_type 'bert'"
+        ValueError, match="WordEncoder, PrecomputedCaptions nor a umt5 model: None, model_type 'bert'"
     ):
         load_caption_encoder(tmp_path)
 
@@ -125,6 +156,104 @@ def test_pickled_weights_are_not_read(encoder, tmp_path):
     torch.save(encoder.model.state_dict(), tmp_path / "text_encoder" / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_caption_encoder(tmp_path)
+
+
+def test_tokens_are_counted_without_the_weights(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    (tmp_path / "text_encoder" / "model.safetensors").unlink()
+    counter = load_token_counter(tmp_path)
+    assert isinstance(counter, Umt5Tokens) and not isinstance(counter, Umt5Encoder)
+    assert [counter.count_tokens(text) for text in TEXTS] == [encoder.count_tokens(text) for text in TEXTS]
+    assert counter.max_tokens == encoder.max_tokens
+    assert isinstance(load_token_counter("words"), WordEncoder)
+
+
+def test_a_fingerprint_is_that_of_weights_dtype_and_tokenizer(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path)
+    fingerprint = encoder.fingerprint()
+    assert load_caption_encoder(tmp_path).fingerprint() == fingerprint
+    changed, half = load_caption_encoder(tmp_path), load_caption_encoder(tmp_path).to(dtype=torch.bfloat16)
+    with torch.no_grad():
+        changed.model.encoder.block[0].layer[0].SelfAttention.q.weight[3, 4] += 1e-3
+    other_words = Umt5Encoder(
+        encoder.model, T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)])
+    )
+    others = [one.fingerprint() for one in (changed, half, other_words, WordEncoder())]
+    assert len({fingerprint, *others}) == 5
+
+
+# fit_caption
+
+
+class Words:
+    """Counts words."""
+
+    def __init__(self, max_tokens: int | None):
+        self.max_tokens = max_tokens
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+STORY = Story(
+    [Event(1, 2, "The fox sleeps."), Event(3, 4, "It wakes up."), Event(4, 5, "Snow falls on it.")],
+    ["a red fox", "the snow"],
+    "ink on paper",
+)
+
+
+def test_a_caption_that_fits_stays_as_it_is():
+    for text in (STORY.prompt(), "Any text.  As it is. ", ""):
+        fitted = fit_caption(text, Words(Words(None).count_tokens(text)))
+        assert (fitted.text, fitted.dropped) == (text, [])
+    assert fit_caption(STORY.prompt() * 9, Words(None)).dropped == []
+
+
+def test_style_goes_first_then_subjects_then_events_from_the_end():
+    whole = Words(None).count_tokens(STORY.prompt())
+    lost = [[part.kind for part in fit_caption(STORY.prompt(), Words(whole - n)).dropped] for n in range(23)]
+    kinds = ["style", "subject", "subject", "event", "event"]
+    assert all(one == kinds[: len(one)] for one in lost)
+    assert {len(one) for one in lost} == {0, 1, 2, 3, 4, 5}
+    assert [len(one) for one in lost] == sorted(len(one) for one in lost)
+    fitted = fit_caption(STORY.prompt(), Words(15))
+    assert fitted.text == Story(STORY.events[:2]).prompt()
+    assert [part.text for part in fitted.dropped] == [
+        "ink on paper", "the snow", "a red fox", "[4-5] Snow falls on it."
+    ]  # fmt: skip
+
+
+def test_no_more_is_lost_than_must_be():
+    versions = [STORY.prompt(), *(text for text, _ in shorter_captions(STORY.prompt()))]
+    for max_tokens in range(7, 29):
+        fitted = fit_caption(STORY.prompt(), Words(max_tokens))
+        assert fitted.text == versions[len(fitted.dropped)]
+        assert Words(None).count_tokens(fitted.text) <= max_tokens
+        assert Words(None).count_tokens(versions[len(fitted.dropped) - 1]) > max_tokens
+
+
+def test_a_global_caption_loses_whole_sentences():
+    text = "Mr. Fox sleeps. He wakes at 3.5 km! Does it snow? It does"
+    fitted = fit_caption(text, Words(8))
+    assert fitted.text == "Mr. Fox sleeps. He wakes at 3.5 km!"
+    assert [part.text for part in fitted.dropped] == ["It does", "Does it snow?"]
+
+
+@pytest.mark.parametrize("text", [Story([Event(1, 1, "word " * 9)]).prompt(), "word " * 9])
+def test_an_event_or_a_sentence_is_never_cut(text):
+    with pytest.raises(
+        ValueError, match=r"the caption has \d+ tokens, at most 8 can be encoded, and its first"
+    ):
+        fit_caption(text, Words(8))
+
+
+def test_what_is_lost_is_named():
+    loss = fit_caption(STORY.prompt(), Words(15)).loss
+    assert loss == (
+        "the caption is too long for its text encoder and loses the style 'ink on paper', "
+        "the subject 'the snow', the subject 'a red fox', the event '[4-5] Snow falls on it.'"
+    )
+    assert len(fit_caption("One fox. " + "Long " * 99, Words(3)).loss) < 130
 
 
 # WordEncoder: [word | words before it | frames of its line], 64 numbers each

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from storyanchors.story import Event, Story
+from storyanchors.story import Event, Story, shorter_captions
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "videos" / "sintel_trailer_30s.story.yaml"
 # Words that look like parts of the prompt's or of YAML's syntax, or are hard to write down
@@ -135,6 +135,50 @@ def test_a_story_keeps_its_own_lists_and_cannot_be_changed():
         story.style = "oil"
     with pytest.raises(AttributeError):
         story.events[0].last_frame = 7
+
+
+def test_every_shorter_version_of_a_story_is_a_story():
+    for story in [TRICKY, *STORIES]:
+        rest = story
+        for shorter, part in story.shortened():
+            assert shorter.prompt() == Story.from_prompt(shorter.prompt()).prompt()
+            if part.kind == "style":
+                assert (shorter.style, part.text) == ("", rest.style)
+            elif part.kind == "subject":
+                assert [*shorter.subjects, part.text] == rest.subjects and not shorter.style
+            else:
+                [cut] = set(rest.events) - set(shorter.events)
+                assert cut.first_frame == max(event.first_frame for event in rest.events)
+                assert part.text.endswith(f"] {cut.description}") and not shorter.subjects
+                assert [event for event in rest.events if event != cut] == shorter.events
+            rest = shorter
+        assert (len(rest.events), rest.subjects, rest.style) == (1, [], "")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
+        ("Mr. Fox and Dr. J. Owl sit. They talk.", ["Mr. Fox and Dr. J. Owl sit.", "They talk."]),
+        ("It is 3.5 m, e.g. a tree... and falls. Then", ["It is 3.5 m, e.g. a tree... and falls.", "Then"]),
+        ('He shouts "Stop! Go away!" and runs. Quiet.', ['He shouts "Stop! Go away!" and runs.', "Quiet."]),
+        ('She says "No." No. 5 goes.', ['She says "No."', "No. 5 goes."]),
+        ("She waits (for him. Alone). Night.", ["She waits (for him. Alone).", "Night."]),
+        ("\u5979\u3002\u4e0b\u96ea\uff01\u5979", ["\u5979\u3002", "\u4e0b\u96ea\uff01", "\u5979"]),
+        ("", []),
+        ("no mark at all", ["no mark at all"]),
+    ],
+)  # fmt: skip
+def test_a_text_is_shortened_by_whole_sentences(text, sentences):
+    shorter = list(shorter_captions(text))
+    assert [part.text for _, part in shorter] == sentences[:0:-1]
+    for left, part in shorter:
+        assert text.startswith(left) and left.endswith(sentences[sentences.index(part.text) - 1])
+
+
+def test_a_text_that_only_begins_like_a_prompt_is_not_cut():
+    with pytest.raises(ValueError, match="line 2 of the prompt"):
+        next(shorter_captions("Consistency Event Description:\nThe fox. It runs."))
 
 
 A, B = Event(1, 2, "a"), Event(3, 4, "b")
