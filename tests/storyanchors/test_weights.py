@@ -53,9 +53,10 @@ def test_a_diffusers_folder_is_loaded_and_every_tensor_accounted_for(dit, wan, w
     assert report.loaded == sorted(wan.state_dict().keys() - {PATCH})
     assert report.expanded == [PATCH]
     assert report.new == sorted(name for name in dit.state_dict() if name.startswith("story_embedder."))
-    assert report.unexpected == []
-    assert (
-        str(report) == f"{wan_folder}: {len(report.loaded)} tensors loaded, 1 expanded, {len(report.new)} new"
+    assert report.unexpected == report.dropped == report.split == report.permuted == []
+    assert str(report) == (
+        f"{wan_folder} (Wan 2.1, diffusers' layout): {len(report.loaded)} tensors loaded, 1 expanded "
+        f"(the noisy latents' columns; condition and mask are zero), {len(report.new)} new"
     )
 
 
@@ -154,8 +155,13 @@ def other_shape(folder: Path) -> None:
     rewrite(folder, lambda t: t.update({"blocks.1.attn1.to_q.bias": torch.zeros(63)}))
 
 
-def image_to_video(folder: Path) -> None:
-    rewrite(folder, lambda t: t.update({PATCH: torch.zeros(64, 12, 1, 2, 2)}))
+def fun_control(folder: Path) -> None:
+    """Wan2.1-Fun-Control has 48 input channels, three times its latents'."""
+    rewrite(folder, lambda t: t.update({PATCH: torch.zeros(64, 12 + 1, 1, 2, 2)}))
+
+
+def image_branch(folder: Path) -> None:
+    rewrite(folder, lambda t: t.update({"blocks.0.attn2.add_k_proj.bias": torch.zeros(64)}))
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,11 @@ def image_to_video(folder: Path) -> None:
         ),
         (lambda f: rewrite(f, lambda t: t.update(extra=torch.zeros(1))), "extra has no place in StoryDiT"),
         (other_shape, r"blocks.1.attn1.to_q.bias has shape \[63\], expected \[64\]"),
-        (image_to_video, r"12 input channels, expected 4 \(the base model\) or 9 \(a StoryDiT\)"),
+        (
+            fun_control,
+            r"13 input channels, expected 4 \(text to video\), 12 \(I2V\) or 9 \(a StoryDiT\)",
+        ),
+        (image_branch, "blocks.0.attn2.add_k_proj.bias has no place in StoryDiT"),
         (
             lambda f: rewrite(f, lambda t: t.pop(PATCH)),
             f"holds no {PATCH}, expected the transformer of Wan 2.1",
@@ -216,17 +226,58 @@ def test_a_network_without_memory_is_refused(config, wan_folder):
         load_base_weights(dit, wan_folder)
 
 
-def test_a_pickled_file_is_not_opened(dit, tmp_path):
-    torch.save({}, tmp_path / "wan.pth")
-    with pytest.raises(
-        ValueError, match=r"wan.pth is not a .safetensors file; pickled checkpoints are not read"
-    ):
-        load_base_weights(dit, tmp_path / "wan.pth")
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_a_pickle_is_read_only_on_request(dit, wan, tmp_path, suffix):
+    file = tmp_path / f"wan{suffix}"
+    torch.save(original_layout(wan), file)
+    with pytest.raises(ValueError, match=f"wan{suffix} is a pickle, which is read only with allow_pickle"):
+        load_base_weights(dit, file)
+    load_base_weights(dit, file, allow_pickle=True)
+    check_holds(dit, wan.state_dict())
+
+
+class Payload:
+    """A pickle that runs code when it is opened the ordinary way."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_cannot_run_code(dit, tmp_path):
+    torch.save({PATCH: Payload(tmp_path / "touched")}, tmp_path / "wan.pth")
+    with pytest.raises(ValueError, match=r"wan.pth is not a file of tensors that torch.save wrote"):
+        load_base_weights(dit, tmp_path / "wan.pth", allow_pickle=True)
+    assert not (tmp_path / "touched").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([torch.zeros(1)], "holds list, expected names and tensors"),
+        ({"step": 3}, "holds int under step, expected a tensor"),
+        ({"model": {PATCH: torch.zeros(1)}}, "holds dict under model, expected a tensor"),
+    ],
+)
+def test_a_pickle_of_anything_but_named_tensors_is_refused(dit, tmp_path, content, message):
+    torch.save(content, tmp_path / "wan.pth")
+    with pytest.raises(ValueError, match=message):
+        load_base_weights(dit, tmp_path / "wan.pth", allow_pickle=True)
+
+
+def test_a_file_of_another_kind_is_refused(dit, tmp_path):
+    (tmp_path / "wan.gguf").touch()
+    with pytest.raises(ValueError, match=r"wan.gguf is not a .safetensors file, nor .pth or .pt"):
+        load_base_weights(dit, tmp_path / "wan.gguf")
 
 
 def test_another_part_of_the_pipeline_is_not_taken_for_the_transformer(dit, vae: AutoencoderKLWan, tmp_path):
     vae.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected the transformer of Wan 2\.1 or a StoryDiT"):
+    with pytest.raises(
+        ValueError, match=r"expected the transformer of Wan 2\.1, of Step-Video or a StoryDiT"
+    ):
         load_base_weights(dit, tmp_path)
 
 
