@@ -22,6 +22,7 @@ from train.checkpoints import (
     CheckpointConfig,
     TrainingState,
     remove_old_checkpoints,
+    trained_weights,
     write_checkpoint,
 )
 from train.loader import ClipBatch
@@ -97,7 +98,7 @@ class RunCheckpoints(Callback):
             checkpoint = write_checkpoint(
                 self.run_dir,
                 state,
-                model=module.dit.state_dict(),
+                model=trained_weights(module.dit),
                 ema=module.ema.state_dict(),
                 optimizer=trainer.optimizers[0].state_dict(),
                 dit_config=plain_config(module.dit),

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Checkpoint:
         return json.loads((self.folder / "config.json").read_text())
 
     def weights(self, which: str) -> dict[str, Tensor]:
-        """The network's weights, float32: which is model or ema."""
+        """The weights that were trained, float32: which is model or ema."""
         return load_file(self.folder / f"{which}.safetensors")
 
     def optimizer_state(self) -> dict:
@@ -71,6 +71,31 @@ class Checkpoint:
 
     def sha256(self, which: str) -> str:
         return json.loads((self.folder / MANIFEST).read_text())["files"][f"{which}.safetensors"]["sha256"]
+
+
+def trained_weights(dit: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint holds of a network: all of it, or of a frozen one with a LoRA what that trains."""
+    return {name: weight.detach() for name, weight in dit.named_parameters() if weight.requires_grad}
+
+
+def load_trained_weights(dit: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Puts trained_weights back; ValueError, with dit as it was, where names or shapes differ."""
+    trained = trained_weights(dit)
+    for name in sorted(trained.keys() | weights.keys()):
+        found, expected = (list(w[name].shape) if name in w else "none" for w in (weights, trained))
+        if found != expected:
+            raise ValueError(f"{name} has shape {found} among the saved weights, expected {expected}")
+    for name, weight in trained.items():
+        weight.copy_(weights[name])
+
+
+def weights_sha256(dit: nn.Module) -> str:
+    """Of every weight's name and bits: where two networks agree in it, they are the same."""
+    digest = hashlib.sha256()
+    for name, weight in dit.state_dict().items():
+        digest.update(f"{name} {weight.dtype} {list(weight.shape)}\n".encode())
+        digest.update(weight.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write_checkpoint(

@@ -1,4 +1,4 @@
-"""A float32 exponential moving average of the weights, for samples, metrics and hand-over."""
+"""A float32 exponential moving average of the weights that are trained, for samples and hand-over."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ class Ema:
     """The average starts short and grows: after n updates the decay is min(decay, (1 + n) / (10 + n))."""
 
     def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], decay: float):
-        named = dict(named_parameters)
+        named = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
         self.names = list(named)
         self.parameters = list(named.values())
         self.average = [parameter.detach().float().clone() for parameter in self.parameters]

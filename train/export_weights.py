@@ -1,8 +1,11 @@
-"""Writes the newest checkpoint of a run as a model folder, which infer/ and init_from= read.
+"""Writes the newest checkpoint of a run: a model folder for infer/ and init_from=, or what others read.
 
 python train/export_weights.py run_dir=runs/s3 out=models/story-world dtype=bfloat16
+python train/export_weights.py run_dir=runs/lora out=models/adapter format=lora
+python train/export_weights.py run_dir=runs/wan out=models/for-diffusers format=diffusers-wan verify=true
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,70 +13,111 @@ import torch
 from omegaconf import MISSING
 
 from conf.command import run
+from storyanchors.diffusers_export import STORY_PARTS, save_diffusers_wan, verify_diffusers_wan
 from storyanchors.dit import StoryDiT
 from storyanchors.generator import MODEL_FILE, save_story_model
-from storyanchors.output_folder import check_output_folder
-from train.checkpoints import newest_checkpoint
+from storyanchors.lora import LORA_FILE, has_lora, merge_lora, save_lora
+from storyanchors.output_folder import check_output_folder, output_folder
+from train.checkpoints import Checkpoint, newest_checkpoint
 from train.parts import CODEC, FITTED_CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
-from train.run_folder import read_provenance, read_settings, stage_history
+from train.run_folder import read_network, read_provenance, read_settings, stage_history
 
+MADE_WITH = {"story-model": MODEL_FILE, "lora": LORA_FILE, "diffusers-wan": STORY_PARTS}  # by format
+PROVENANCE = "provenance.json"  # of the formats that have no file of their own for it
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass
 class ExportWeightsConfig:
     run_dir: str = MISSING
-    out: str = MISSING  # the model folder to write
+    out: str = MISSING  # the folder to write
+    # story-model: all parts, a LoRA merged | lora: the LoRA alone | diffusers-wan: WanTransformer3DModel's
+    format: str = "story-model"
+    verify: bool = False  # diffusers-wan: compare one forward of stock diffusers with ours
     which: str = "ema"  # ema | model
     dtype: str = "float32"  # float32 | bfloat16
     num_steps: int | None = None  # what the model folder recommends; None = the run's samples.num_steps
     guidance_scale: float | None = None
 
     def __post_init__(self):
-        for name, known in (("which", ("ema", "model")), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in (*known, MISSING):
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(known)}")
+        known = {"which": ("ema", "model"), "dtype": tuple(DTYPES), "format": tuple(MADE_WITH)}
+        for name, words in known.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected {' or '.join(words)}")
+        if self.verify and self.format != "diffusers-wan":
+            raise ValueError(
+                f"verify compares format=diffusers-wan with diffusers, found format={self.format}"
+            )
 
 
 def main(config: ExportWeightsConfig) -> None:
     run_dir = Path(config.run_dir)
-    check_output_folder(config.out, made_with=MODEL_FILE)
-    settings, provenance = read_settings(run_dir), read_provenance(run_dir)
+    check_output_folder(config.out, made_with=MADE_WITH[config.format])
+    settings = read_settings(run_dir)
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise ValueError(f"{run_dir} has no complete checkpoint under checkpoints/")
-
-    dit = StoryDiT.from_config(checkpoint.dit_config)
-    dit.load_state_dict(checkpoint.weights(config.which))
-    cast(dit, DTYPES[config.dtype])
     try:
-        model, samples = ModelConfig(**settings["model"]), settings["samples"]
+        model = ModelConfig(**settings["model"])
     except TypeError as error:
         raise ValueError(f"{run_dir} was trained by another version of storyanchors: {error}") from error
-    state = checkpoint.state
-    info = {
+    dit = read_network(run_dir, checkpoint, config.which)
+    if config.format == "lora" and not has_lora(dit):
+        raise ValueError(f"{run_dir} trained the whole network, format=lora needs a run with model.lora.rank")
+    if config.format != "lora" and has_lora(dit):
+        merge_lora(dit)
+    cast(dit, DTYPES[config.dtype])
+    about = describe(run_dir, checkpoint, config.which)
+    if config.format == "story-model":
+        write_story_model(config, dit, model, settings["samples"], about)
+    else:
+        with output_folder(config.out, made_with=MADE_WITH[config.format]) as folder:
+            (save_lora if config.format == "lora" else save_diffusers_wan)(dit, folder)
+            (folder / PROVENANCE).write_text(json.dumps(about, indent=2) + "\n")
+    print(f"{config.out}: {config.which} weights of {checkpoint.folder} in {config.dtype}")
+    if config.verify:
+        difference, largest = verify_diffusers_wan(dit, config.out)
+        print(
+            f"stock diffusers differs by {difference:.2e} at most, where the velocity reaches {largest:.2e}"
+        )
+
+
+def describe(run_dir: Path, checkpoint: Checkpoint, which: str) -> dict:
+    """What one wants to know of exported weights later."""
+    provenance, state = read_provenance(run_dir), checkpoint.state
+    base = provenance.get("base")
+    return {
         "stage": state.stage,
         "preset": state.preset,
         "frame_size": provenance["frame_size"],
+        "provenance": {
+            "tool_version": provenance["tool_version"],
+            "which": which,
+            "sha256": checkpoint.sha256(which),
+            "history": stage_history(run_dir, state.step),
+            **({"base": base} if base else {}),
+        },
+    }
+
+
+def write_story_model(
+    config: ExportWeightsConfig, dit: StoryDiT, model: ModelConfig, samples: dict, about: dict
+) -> None:
+    """The model folder: the network with its codec and caption encoder, or references to them."""
+    info = {
+        **about,
         "num_steps": config.num_steps or samples["num_steps"],
         "guidance_scale": samples["guidance_scale"]
         if config.guidance_scale is None
         else config.guidance_scale,
         "shift": model.sigma_shift,
-        "provenance": {
-            "tool_version": provenance["tool_version"],
-            "which": config.which,
-            "sha256": checkpoint.sha256(config.which),
-            "history": stage_history(run_dir, state.step),
-        },
     }
     if model.codec != FITTED_CODEC:
         info["codec"] = {"reference": model.codec}
     if model.caption_encoder != WORDS:
         info["caption_encoder"] = {"reference": model.caption_encoder}
-    codec = open_codec(model, run_dir / CODEC)
+    codec = open_codec(model, Path(config.run_dir) / CODEC)
     save_story_model(config.out, dit, codec, open_caption_encoder(model), info=info)
-    print(f"{config.out}: {config.which} weights of {checkpoint.folder} in {config.dtype}")
 
 
 def cast(dit: StoryDiT, dtype: torch.dtype) -> None:

@@ -6,7 +6,7 @@ run_dir/{config.yaml, provenance.json, codec/, caption_encoder/, checkpoints/, s
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from storyanchors.dit import StoryDiT
+from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import MODEL_FILE, read_story_model
-from storyanchors.weights import load_story_dit
-from train.checkpoints import Checkpoint, newest_checkpoint
+from storyanchors.lora import LoraSettings, add_lora, merge_lora
+from storyanchors.weights import load_base_weights, load_story_dit
+from train.checkpoints import Checkpoint, load_trained_weights, newest_checkpoint, weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,13 @@ MAY_CHANGE = (
     "samples",
     "trainer",
 )
-MAY_CHANGE_INSIDE = ("data.dataset", "data.num_workers", "model.base_weights", "stage.steps")
+MAY_CHANGE_INSIDE = (
+    "data.dataset",
+    "data.num_workers",
+    "model.base_weights",
+    "model.activation_checkpointing",
+    "stage.steps",
+)
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class HandedOver:
     codec: Path
     source: dict[str, Any]  # path, step, which, sha256
     history: list[dict[str, Any]]  # of the stages before, oldest first
+    base: dict[str, Any] | None = None  # what the weights are a LoRA of; None = they are the whole network
 
 
 def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> Checkpoint | None:
@@ -94,8 +102,9 @@ def write_provenance(
     preset: str,
     frame_size: tuple[int, int],
     handed_over: HandedOver | None,
+    base: dict[str, Any] | None,
 ) -> None:
-    """frame_size: (height, width) in pixels that the network has seen most of."""
+    """frame_size: (height, width) in pixels that the network has seen most of. base: see describe_base."""
     run_dir.mkdir(parents=True, exist_ok=True)
     provenance = {
         "schema_version": 1,
@@ -103,6 +112,7 @@ def write_provenance(
         "stage": stage,
         "preset": preset,
         "frame_size": list(frame_size),
+        "base": base,
         "init_from": handed_over.source if handed_over else None,
         "history": handed_over.history if handed_over else [],
     }
@@ -119,14 +129,57 @@ def stage_history(run_dir: Path, step: int) -> list[dict[str, Any]]:
     return [*provenance["history"], {"stage": provenance["stage"], "steps": step, "run": run_dir.name}]
 
 
-def read_init_from(path: str | Path, dit_config: dict[str, Any], preset: str) -> HandedOver:
+def describe_base(dit: StoryDiT, weights: str, lora: LoraSettings) -> dict[str, Any]:
+    """What a LoRA belongs to: the reference and the bits of the network that dit is before it gets one."""
+    return {"weights": weights, "sha256": weights_sha256(dit), "rank": lora.rank, "alpha": lora.alpha}
+
+
+def check_base(found: dict[str, Any], expected: dict[str, Any] | None, where: Path) -> None:
+    """ValueError unless an adapter of where fits the present base; the reference to the base may differ."""
+    if expected is None:
+        raise ValueError(
+            f"{where} holds a whole network, no LoRA: give it as model.base_weights, or leave out model.lora"
+        )
+    for name in ("rank", "alpha", "sha256"):
+        if found[name] != expected[name]:
+            of = f"the base {found['weights']}" if name == "sha256" else "model.lora"
+            raise ValueError(
+                f"{where} holds a LoRA of {expected['weights']} with {name} {expected[name]}, "
+                f"found {name} {found[name]} in {of}"
+            )
+
+
+def read_network(run_dir: Path, checkpoint: Checkpoint, which: str) -> StoryDiT:
+    """The network of a checkpoint, float32; that of a LoRA run is its base, read again, with the adapter.
+
+    ValueError where the base is no longer what the run was trained on.
+    """
+    dit = StoryDiT.from_config(checkpoint.dit_config)
+    base = read_provenance(run_dir).get("base")
+    if base:
+        lora, weights = (
+            LoraSettings(base["rank"], base["alpha"]),
+            read_settings(run_dir)["model"]["base_weights"],
+        )
+        log.info("%s", load_base_weights(dit, weights))
+        check_base(describe_base(dit, weights, lora), base, run_dir)
+        add_lora(dit, lora)
+    load_trained_weights(dit, checkpoint.weights(which))
+    return dit
+
+
+def read_init_from(
+    path: str | Path, dit_config: dict[str, Any], preset: str, base: dict[str, Any] | None
+) -> HandedOver:
     """The EMA weights of a run folder, or the transformer of a model folder.
 
-    ValueError when it is neither, has no complete checkpoint, or holds a network of another size.
+    base describes what the new run trains a LoRA of, None = all weights. A LoRA is handed over to the next
+    one as it is, and to a run that trains all weights merged into its base.
+    ValueError when the folder is neither kind, has no complete checkpoint, or does not fit the new run.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        handed_over = _from_run(path)
+        handed_over = _from_run(path, merged=base is None)
     elif (path / MODEL_FILE).is_file():
         handed_over = _from_model(path)
     else:
@@ -139,17 +192,28 @@ def read_init_from(path: str | Path, dit_config: dict[str, Any], preset: str) ->
             raise ValueError(
                 f"{path} holds a network with {name}={found}, the preset {preset} expects {expected}"
             )
+    if base:
+        check_base(base, handed_over.base, path)
     return handed_over
 
 
-def _from_run(run_dir: Path) -> HandedOver:
+def _from_run(run_dir: Path, *, merged: bool) -> HandedOver:
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise ValueError(f"init_from {run_dir} has no complete checkpoint under checkpoints/")
     step = checkpoint.state.step
     source = {"path": str(run_dir), "step": step, "which": "ema", "sha256": checkpoint.sha256("ema")}
-    history = stage_history(run_dir, step)
-    return HandedOver(checkpoint.weights("ema"), checkpoint.dit_config, run_dir / "codec", source, history)
+    history, base = stage_history(run_dir, step), read_provenance(run_dir).get("base")
+    if base and merged:
+        dit = read_network(run_dir, checkpoint, "ema")
+        merge_lora(dit)
+        weights, base = dit.state_dict(), None
+    else:
+        weights = checkpoint.weights("ema")
+    # settings that are newer than the checkpoint: it was trained with what is their default now
+    newer = {field.name: field.default for field in fields(StoryDiTConfig) if field.default is not MISSING}
+    sizes = json.loads(json.dumps({**newer, **checkpoint.dit_config}))
+    return HandedOver(weights, sizes, run_dir / "codec", source, history, base)
 
 
 def _from_model(folder: Path) -> HandedOver:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -22,9 +23,11 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING
 
 from conf.command import Stopped, run
+from storyanchors.attention import describe_kernel
+from storyanchors.lora import add_lora
 from storyanchors.weights import load_base_weights
 from train.callbacks import MetricsLog, RunCheckpoints, StageProgress
-from train.checkpoints import Checkpoint, CheckpointConfig
+from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_index import ClipIndex
 from train.data_plan import plan_batch, stable_hash
 from train.ema import EmaConfig
@@ -42,8 +45,11 @@ from train.parts import (
     save_own_parts,
 )
 from train.run_folder import (
+    check_base,
+    describe_base,
     plain_config,
     read_init_from,
+    read_provenance,
     start_or_resume,
     write_provenance,
     write_settings,
@@ -116,6 +122,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     callbacks = build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips)
     trainer = build_trainer(config, callbacks)
     module = build_module(config, train_clips, is_new=resume_from is None)
+    log_network(module, trainer)
     if resume_from:
         module.restore(resume_from)
     if rank_zero_only.rank == 0:
@@ -169,12 +176,18 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     """The network and its frozen parts; a new run also saves those parts and where its weights come from."""
     run_dir = Path(config.run_dir)
     dit = build_dit(config.model, config.seed)
-    handed_over = None
-    if is_new and config.init_from:
-        handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset)
-        dit.load_state_dict(handed_over.weights)
-    elif is_new and config.model.base_weights:
+    handed_over = base = None
+    if config.model.lora.rank is not None:  # also when a run goes on: its checkpoints hold the LoRA alone
         log.info("%s", load_base_weights(dit, config.model.base_weights))
+        base = describe_base(dit, config.model.base_weights, config.model.lora)
+        if not is_new:
+            check_base(base, read_provenance(run_dir)["base"], run_dir)
+        add_lora(dit, config.model.lora, seed=config.seed)
+    elif is_new and config.model.base_weights and not config.init_from:
+        log.info("%s", load_base_weights(dit, config.model.base_weights))
+    if is_new and config.init_from:
+        handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset, base)
+        load_trained_weights(dit, handed_over.weights)
     if is_new and not handed_over and config.model.codec == FITTED_CODEC:
         codec = fit_codec(config.model, clips, config.seed)
     else:
@@ -189,6 +202,7 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
             preset=config.model.preset,
             frame_size=clips.common_frame_size(),
             handed_over=handed_over,
+            base=base,
         )
     return StoryModule(
         dit,
@@ -200,6 +214,15 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         sigma_shift=config.model.sigma_shift,
         seed=config.seed,
     )
+
+
+def log_network(module: StoryModule, trainer: L.Trainer) -> None:
+    """How much of the network is trained, and what computes its attention."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.dit.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    dtype = {"16": torch.float16, "bf16": torch.bfloat16}.get(trainer.precision.split("-")[0], torch.float32)
+    kernel = describe_kernel(trainer.strategy.root_device, dtype, module.dit.config.attention_head_dim)
+    log.info("%.2f M of %.2f M parameters are trained; attention: %s", trained / 1e6, total / 1e6, kernel)
 
 
 def build_callbacks(

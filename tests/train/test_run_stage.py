@@ -57,7 +57,7 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(train, three_steps
 
 
 def test_activation_checkpointing_does_not_change_a_loss(train, three_steps, tmp_path):
-    run_dir = train(tmp_path / "saving", *STAGE_3, "model.activation_checkpointing=true")
+    run_dir = train(tmp_path / "saving", *STAGE_3, "model.activation_checkpointing=full")
     assert losses(run_dir) == losses(three_steps)
 
 
