@@ -2,9 +2,11 @@
 
 python data_pipeline/build_index.py dataset=DATASET captions=RUN
 python data_pipeline/build_index.py dataset=DATASET captions=RUN stories=FOLDER
+python data_pipeline/build_index.py dataset=DATASET captions=RUN caption_encoder=FOLDER_OR_HUB_ID
 
 With stories=FOLDER, <name of a video>.story.yaml becomes the caption of the one clip of that video, in
-captions run RUN, which is written anew each time.
+captions run RUN, which is written anew each time. With caption_encoder, the tokens of every caption are
+counted, and those that are too long for that encoder are named with what they would lose.
 """
 
 import io
@@ -58,6 +60,8 @@ CAPTION_COLUMNS = [
     ("caption_size", pa.int64()),
     ("global_caption_words", pa.int32()),
     ("story_words", pa.int32()),
+    ("global_caption_tokens", pa.int32()),
+    ("story_tokens", pa.int32()),
 ]
 
 
@@ -66,6 +70,7 @@ class BuildIndexConfig:
     dataset: str = MISSING
     captions: str | None = None  # the run to join; None: an index without captions
     stories: str | None = None  # a folder of story files to import as that run
+    caption_encoder: str | None = None  # whose tokens to count: a folder, a Hub id or words; None: none
     workers: int | None = None  # processes; None: one per core
 
     def __post_init__(self):
@@ -80,18 +85,23 @@ class IndexSummary:
     num_frames: int
     num_global_captions: int
     num_stories: int
+    token_report: list[str]  # lines; none without a caption encoder
 
 
 def main(config: BuildIndexConfig) -> None:
     dataset = Path(config.dataset)
     stories = Path(config.stories) if config.stories else None
-    summary = build_index(dataset, config.captions, stories, workers=config.workers)
+    summary = build_index(
+        dataset, config.captions, stories, caption_encoder=config.caption_encoder, workers=config.workers
+    )
     counts = f"{summary.num_clips} clips, {summary.num_frames} frames, {summary.num_shards} shards"
     print(f"{dataset / INDEX_FILE}: {counts}")
     if config.captions:
         print(
             f"captions {config.captions}: {summary.num_global_captions} global, {summary.num_stories} stories"
         )
+        for line in summary.token_report:
+            print(line)
     elif runs := caption_runs(dataset):
         print(f"no captions were joined; captions=NAME joins one of: {', '.join(runs)}")
     else:
@@ -99,7 +109,12 @@ def main(config: BuildIndexConfig) -> None:
 
 
 def build_index(
-    dataset: Path, captions: str | None = None, stories: Path | None = None, *, workers: int | None = None
+    dataset: Path,
+    captions: str | None = None,
+    stories: Path | None = None,
+    *,
+    caption_encoder: str | None = None,
+    workers: int | None = None,
 ) -> IndexSummary:
     """Writes index.parquet, one row per clip, sorted by key.
 
@@ -108,12 +123,18 @@ def build_index(
     """
     if stories and not captions:
         raise ValueError("stories=FOLDER becomes a captions run, name it with captions=NAME")
+    if caption_encoder and not captions:
+        raise ValueError(
+            "caption_encoder=... counts the tokens of a captions run, name it with captions=NAME"
+        )
     shards = _read_shards(dataset, workers)
     if stories:
         _import_stories(dataset, captions, stories, shards)
-    joined = _with_captions(dataset, captions, shards)
-    table = pa.concat_tables(joined).sort_by("key")
+    table = pa.concat_tables(_with_captions(dataset, captions, shards)).sort_by("key")
     _check_unique(table)
+    token_report = []
+    if caption_encoder:
+        table, token_report = _with_tokens(table, dataset, captions, list(shards), caption_encoder, workers)
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(dataset / INDEX_FILE, buffer.getvalue())
@@ -123,6 +144,7 @@ def build_index(
         num_frames=pc.sum(table["num_frames"]).as_py(),
         num_global_captions=pc.sum(pc.greater(table["global_caption_words"], 0)).as_py() or 0,
         num_stories=len(table) - table["story_words"].null_count,
+        token_report=token_report,
     )
 
 
@@ -228,6 +250,20 @@ def _caption_row(captions: str | None, line: CaptionLine | None) -> dict:
         "global_caption_words": len(line.record.global_caption.split()),
         "story_words": len(story.prompt().split()) if story else None,
     }
+
+
+def _with_tokens(
+    table: pa.Table, dataset: Path, captions: str, shards: list[str], encoder: str, workers: int | None
+) -> tuple[pa.Table, list[str]]:
+    """The table with its token columns filled, and the report."""
+    from data_pipeline.token_counts import count_tokens, describe_tokens  # transformers takes 3 s to import
+
+    counted = count_tokens(dataset, captions, shards, encoder, workers=workers)
+    for kind, name in (("global caption", "global_caption_tokens"), ("story", "story_tokens")):
+        num_tokens = {caption.key: caption.num_tokens for caption in counted if caption.kind == kind}
+        column = pa.array([num_tokens.get(key) for key in table["key"].to_pylist()], pa.int32())
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table, describe_tokens(counted, encoder)
 
 
 def _import_stories(dataset: Path, captions: str, stories: Path, shards: dict[str, pa.Table]) -> None:

@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
@@ -15,6 +16,8 @@ from data_pipeline.build_index import build_index
 from data_pipeline.captions import read_captions, write_captions, write_run
 from data_pipeline.shard_reader import finished_shards, read_clips, read_marker
 from data_pipeline.shard_writer import ShardWriter
+from storyanchors.caption_cache import PrecomputedCaptions
+from storyanchors.caption_encoder import WordEncoder
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip, encode_jpeg
 from storyanchors.story import Event, Story
 
@@ -99,6 +102,67 @@ def test_the_same_dataset_gives_the_same_index(dataset):
     first = (dataset / "index.parquet").read_bytes()
     build_index(dataset, "run-1")
     assert (dataset / "index.parquet").read_bytes() == first
+
+
+def test_tokens_are_counted_on_request(command, dataset):
+    build_index(dataset, "run-1")
+    assert all(row["global_caption_tokens"] is row["story_tokens"] is None for row in rows(dataset))
+    status, printed, _ = command(
+        "build_index", f"dataset={dataset}", "captions=run-1", "caption_encoder=words"
+    )
+    assert status == 0
+    encoder, found = WordEncoder(), rows(dataset)
+    of_story = encoder.count_tokens(story(3).prompt())
+    assert [row["global_caption_tokens"] for row in found] == [2, 2, 5, None]  # with the full stop
+    assert [row["story_tokens"] for row in found] == [of_story, of_story, None, None]
+    assert "tokens of words: at most 4096 per caption\n" in printed
+    assert "  global caption: p50 2, p95 5, max 5; 0 of 3 too long\n" in printed
+    assert f"  story: p50 {of_story}, p95 {of_story}, max {of_story}; 0 of 2 too long\n" in printed
+
+
+def test_captions_that_are_too_long_are_named_with_what_they_would_lose(dataset):
+    styled = Story([Event(1, 2, "She waits."), Event(3, 3, "x " * 40)], ["she", "he"], "drawn " * 4090)
+    eventful = Story([Event(1, 3, "She waits."), Event(2, 3, "x " * 2000), Event(3, 3, "y " * 3000)], ["she"])
+    records = [
+        CaptionRecord(KEY.format(0), "One. Two. " + "Three " * 4096, styled),
+        CaptionRecord(KEY.format(1), "word " * 4097, eventful),
+    ]
+    write_captions(dataset, "run-1", "000000", records)
+    summary = build_index(dataset, "run-1", caption_encoder="words", workers=1)
+    short, long = sorted(WordEncoder().count_tokens(one.prompt()) for one in (styled, eventful))
+    assert summary.token_report[0] == "tokens of words: at most 4096 per caption"
+    assert summary.token_report[1:] == [
+        "  global caption: p50 4097, p95 4100, max 4100; 2 of 3 too long",
+        f"  story: p50 {short}, p95 {long}, max {long}; 2 of 2 too long",
+        f"  {KEY.format(0)}: global caption of 4100 tokens loses 1 sentence",
+        f"  {KEY.format(0)}: story of {short} tokens loses its style",
+        f"  {KEY.format(1)}: global caption of 4097 tokens cannot be cut to fit: its first event or sentence "
+        "alone is too long",
+        f"  {KEY.format(1)}: story of {long} tokens loses 1 subject, 1 event",
+    ]
+
+
+def test_a_caption_without_an_embedding_is_named(refused, dataset, tmp_path):
+    made = PrecomputedCaptions.create(tmp_path / "made", encoder="a test", text_dim=4)
+    made.write("Hi.", torch.ones(7, 4))
+    arguments = [f"dataset={dataset}", "captions=run-1", f"caption_encoder={tmp_path / 'made'}"]
+    error = refused("build_index", *arguments)
+    assert f"story of clip {KEY.format(0)}: {tmp_path / 'made'} holds no embedding of the caption" in error
+    for text in (story(3).prompt(), "She waits at night."):
+        made.write(text, torch.ones(9, 4))
+    summary = build_index(dataset, "run-1", caption_encoder=str(tmp_path / "made"))
+    assert summary.token_report[:2] == [
+        f"tokens of {tmp_path / 'made'}: no limit",
+        "  global caption: p50 7, p95 9, max 9; 0 of 3 too long",
+    ]
+
+
+def test_counting_tokens_needs_captions(refused, dataset):
+    assert "name it with captions=NAME" in refused(
+        "build_index", f"dataset={dataset}", "caption_encoder=words"
+    )
+    arguments = [f"dataset={dataset}", "captions=run-1", f"caption_encoder={dataset}"]
+    assert "found no tokenizer.json or spiece.model" in refused("build_index", *arguments)
 
 
 def test_webdataset_decodes_the_shards(dataset):
