@@ -4,16 +4,19 @@ Codecs are plain objects with two verbs, encode and decode; they are not part of
 Legend: N frames, C latent channels, h w latent size, P pixels' values of one patch (3 p p).
 """
 
+import dataclasses
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
+from storyanchors.wan_vae import FrameVae, FrameVaeConfig, frame_vae_tensors
 from storyanchors.weights import part_folder, read_json, read_tensors
 
 
@@ -95,116 +98,195 @@ class WanCodec:
     """Wan 2.1's VAE (16 channels, stride 8) on single frames, with the mean of the posterior and no sampling.
 
     Latents are normalised with the published mean and std, computed and returned in float32 unless `to` says
-    otherwise. In a one-frame clip a causal 3-D convolution sees zeros before the frame, so it equals the 2-D
-    convolution with its last temporal slice: only that slice is kept, and only that is saved again.
+    otherwise; a GPU's float32 convolutions are TF32, unless torch.backends.cudnn.allow_tf32 is False.
     """
 
     # Frames are independent, so many of them are cut into batches that bound the memory: the widest
-    # activation has 96 channels at every pixel, 1.6 GB in float32 here.
+    # activation has 96 channels at every pixel, 1.6 GB in float32 here, and three or four live at a time.
     PIXELS_PER_BATCH = 2**22
+    # Frames of more pixels than a 1080p frame are cut into tiles where `tiling` says so.
+    LARGE_FRAME_PIXELS = 2**21
+    TILE, OVERLAP = 128, 16  # in latent pixels: 1024 and 128 pixels of the frame
 
-    def __init__(self, vae: AutoencoderKLWan):
-        """Folds vae in place, where it is not folded yet."""
-        _fold_convolutions(vae)
-        self.vae = vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.mean = torch.tensor(vae.config.latents_mean)[:, None, None]  # (C, 1, 1)
-        self.std = torch.tensor(vae.config.latents_std)[:, None, None]
-        self.latent_channels = vae.config.z_dim
-        self.spatial_stride = 2 ** (len(vae.config.dim_mult) - 1)
+    def __init__(self, network: FrameVae, *, tiling: bool = False):
+        """Freezes the network. tiling bounds the memory that a large frame takes, see LARGE_FRAME_PIXELS.
+
+        It changes the latents a little, since attention then sees one tile, so it is not for training.
+        """
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        self.tiling = tiling
+        self.mean = torch.tensor(network.config.latents_mean)[:, None, None]  # (C, 1, 1)
+        self.std = torch.tensor(network.config.latents_std)[:, None, None]
+        self.latent_channels = network.config.z_dim
+        self.spatial_stride = network.config.stride
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:
         """(N, 3, H, W) in [-1, 1] -> (N, C, H/8, W/8); ValueError where a side is no multiple of 8."""
-        pixels = frames.shape[-2] * frames.shape[-1]
-        batches = _checked_frames(frames, self.spatial_stride).split(max(1, self.PIXELS_PER_BATCH // pixels))
-        means = [self._run(batch, self.vae.encoder, self.vae.quant_conv) for batch in batches]
-        return (torch.cat(means)[:, : self.latent_channels] - self.mean) / self.std
+        frames = _checked_frames(frames, self.spatial_stride)
+        return (self._run(self.network.encode, frames, self.spatial_stride, 1) - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """(N, C, h, w) -> (N, 3, 8 h, 8 w), clamped to [-1, 1]."""
-        pixels = latents.shape[-2] * latents.shape[-1] * self.spatial_stride**2
         latents = latents.to(self.mean) * self.std + self.mean
-        batches = latents.split(max(1, self.PIXELS_PER_BATCH // pixels))
-        frames = [self._run(batch, self.vae.post_quant_conv, self.vae.decoder) for batch in batches]
-        return torch.cat(frames).clamp(-1, 1)
+        return self._run(self.network.decode, latents, 1, self.spatial_stride).clamp(-1, 1)
 
-    def _run(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+    def _run(self, function: Callable[[Tensor], Tensor], x: Tensor, unit_in: int, unit_out: int) -> Tensor:
+        """function of x (N, C, H, W), where a latent pixel is unit_in pixels wide in x, unit_out after it."""
+        scale = (self.spatial_stride // unit_in) ** 2  # pixels of a frame for each of x
+
+        def in_batches(x: Tensor) -> Tensor:
+            batches = x.split(max(1, self.PIXELS_PER_BATCH // (scale * x.shape[-2] * x.shape[-1])))
+            return torch.cat([self._run_batch(function, batch) for batch in batches])
+
+        if self.tiling and scale * x.shape[-2] * x.shape[-1] > self.LARGE_FRAME_PIXELS:
+            sizes = (unit_in, unit_out, self.TILE, self.OVERLAP)
+            return _blended_tiles(lambda rows: _blended_tiles(in_batches, rows, -1, *sizes), x, -2, *sizes)
+        return in_batches(x)
+
+    def _run_batch(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x.to(self.mean).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, enabled=False):  # a bf16 training step must not reach in here
-            return second(first(x.unsqueeze(2))).squeeze(2).contiguous()
+            return function(x).contiguous()
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "WanCodec":
-        nn.Module.to(self.vae, device=device, dtype=dtype)  # diffusers' own warns of an empty list of modules
+        self.network.to(device=device, dtype=dtype)
         self.mean, self.std = self.mean.to(device, dtype), self.std.to(device, dtype)
         return self
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Writes the folded weights: 45 M of the VAE's 127 M, all that single frames need."""
+        """Writes the folded weights: 46 M of the VAE's 127 M, all that single frames need."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.vae.state_dict().items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         save_file(tensors, folder / "codec.safetensors")
-        config = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
-        config["_class_name"] = "WanCodec"
+        config = {"_class_name": "WanCodec", **dataclasses.asdict(self.network.config)}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, reference: str | Path) -> "WanCodec":
-        """Reads a vae folder of diffusers, the pipeline above it, our own folder, or a Hub id; in float32.
+    def from_pretrained(
+        cls, reference: str | Path, *, tiling: bool = False, allow_pickle: bool = False
+    ) -> "WanCodec":
+        """Reads Wan 2.1's VAE in float32, in diffusers' layout, in the authors' or in ours.
 
-        ValueError for another VAE (Wan 2.2's merges patches) and for tensors that do not fit the config.
+        reference is a vae folder with its config.json, the pipeline above it, a Hub id, or one file:
+        .safetensors, or the authors' Wan2.1_VAE.pth, which is a pickle and read (tensors only) where
+        allow_pickle says so. ValueError for another VAE (Wan 2.2's merges patches) and for tensors that are
+        missing, unknown or of another shape.
         """
-        folder = part_folder(reference, "vae")
-        config = read_json(folder / "config.json")
-        if config.get("is_residual") or config.get("patch_size"):
-            raise ValueError(f"{folder} is not the VAE of Wan 2.1 (is_residual or patch_size is set)")
-        with torch.device("meta"):
-            vae = AutoencoderKLWan.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        _fold_convolutions(vae)
-        tensors = {
-            name: (tensor[:, :, -1] if tensor.ndim == 5 else tensor).to(torch.float32, copy=True)
-            for name, tensor in read_tensors(folder)
-            if ".time_conv." not in name
-        }
-        try:
-            vae.load_state_dict(tensors, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"the tensors in {folder} do not fit its config.json: {error}") from error
-        return cls(vae)
-
-
-class FrameConv(nn.Conv2d):
-    """A causal 3-D convolution as a one-frame clip (N, C, 1, H, W) sees it, under the same names."""
-
-    def forward(self, x: Tensor, cache_x: None = None) -> Tensor:
-        return super().forward(x.squeeze(2)).unsqueeze(2)
-
-
-def _fold_convolutions(module: nn.Module) -> None:
-    """Puts FrameConvs for causal convolutions and drops the temporal ones, which one frame never meets."""
-    for name, child in list(module.named_children()):
-        if name == "time_conv":
-            module.time_conv = None
-        elif isinstance(child, WanCausalConv3d):
-            with torch.device("meta"):
-                conv = FrameConv(child.in_channels, child.out_channels, child.kernel_size[1:], padding="same")
-            conv.weight = nn.Parameter(child.weight[:, :, -1].detach().clone())
-            conv.bias = child.bias
-            setattr(module, name, conv)
+        if Path(reference).is_file():
+            tensors = frame_vae_tensors(dict(read_tensors(Path(reference), allow_pickle=allow_pickle)))
+            config = FrameVaeConfig.of_tensors(tensors)
         else:
-            _fold_convolutions(child)
+            folder = part_folder(reference, "vae")
+            config = _frame_vae_config(folder / "config.json")
+            tensors = frame_vae_tensors(dict(read_tensors(folder)))
+        with torch.device("meta"):
+            network = FrameVae(config)
+        _check_tensors(network, tensors, reference)
+        network.load_state_dict(tensors, assign=True)
+        return cls(network, tiling=tiling)
+
+    @classmethod
+    def from_vae(cls, vae: AutoencoderKLWan) -> "WanCodec":
+        """The codec of a diffusers VAE, with weights of its own."""
+        network = FrameVae(FrameVaeConfig.of_settings(vae.config))
+        network.load_state_dict(frame_vae_tensors(vae.state_dict()))
+        return cls(network)
 
 
-def load_codec(reference: str | Path) -> PcaCodec | WanCodec:
-    """The codec in a folder, a pipeline's folder or on the Hub, by the class that its config.json names."""
-    folder = part_folder(reference, "vae")
-    classes = {"PcaCodec": PcaCodec, "WanCodec": WanCodec, "AutoencoderKLWan": WanCodec}
-    name = read_json(folder / "config.json").get("_class_name")
-    if name not in classes:
-        expected = ", ".join(classes)
-        raise ValueError(f"{folder / 'config.json'} names the class {name!r}, expected one of {expected}")
-    return classes[name].from_pretrained(folder)
+def load_codec(
+    reference: str | Path, *, tiling: bool = False, allow_pickle: bool = False
+) -> PcaCodec | WanCodec:
+    """The codec in a folder, a pipeline's folder or on the Hub, by the class that its config.json names.
+
+    A file is Wan's VAE. tiling and allow_pickle are those of WanCodec.from_pretrained; a PcaCodec, which sees
+    every patch alone, needs neither.
+    """
+    if not Path(reference).is_file():
+        reference = part_folder(reference, "vae")
+        config, names = reference / "config.json", ("PcaCodec", "WanCodec", "AutoencoderKLWan")
+        name = read_json(config).get("_class_name")
+        if name not in names:
+            raise ValueError(f"{config} names the class {name!r}, expected one of {', '.join(names)}")
+        if name == "PcaCodec":
+            return PcaCodec.from_pretrained(reference)
+    return WanCodec.from_pretrained(reference, tiling=tiling, allow_pickle=allow_pickle)
+
+
+def _blended_tiles(
+    function: Callable[[Tensor], Tensor],
+    x: Tensor,
+    axis: int,
+    unit_in: int,
+    unit_out: int,
+    tile: int,
+    overlap: int,
+) -> Tensor:
+    """function of slices of x along an axis (-2 or -1), put together; in overlaps one fades into the next.
+
+    tile and overlap (the least) count latent pixels, each unit_in values wide in x and unit_out afterwards.
+    """
+    spans = _tile_spans(x.shape[axis] // unit_in, tile, overlap)
+    parts = [function(x.narrow(axis, start * unit_in, (stop - start) * unit_in)) for start, stop in spans]
+    weights = torch.zeros(len(spans), spans[-1][1] * unit_out)
+    for weight, (start, stop) in zip(weights, spans, strict=True):
+        distance = (torch.arange((stop - start) * unit_out) + 0.5) / (overlap * unit_out)
+        weight[start * unit_out : stop * unit_out] = torch.minimum(distance, distance.flip(0)).clamp(max=1)
+    weights = (weights / weights.sum(0)).to(parts[0])
+    shape = list(parts[0].shape)
+    shape[axis] = weights.shape[1]
+    blended = parts[0].new_zeros(shape)
+    for part, weight, (start, stop) in zip(parts, weights, spans, strict=True):
+        weight = weight[start * unit_out : stop * unit_out]
+        place = blended.narrow(axis, start * unit_out, len(weight))
+        place += part * (weight if axis == -1 else weight[:, None])
+    return blended
+
+
+def _tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
+    """(start, stop) of evenly spread tiles that cover a length and share at least the overlap."""
+    num = max(1, math.ceil((length - overlap) / (tile - overlap)))
+    size = min(tile, length)
+    starts = [index * (length - size) // max(1, num - 1) for index in range(num)]
+    return [(start, start + size) for start in starts]
+
+
+def _frame_vae_config(file: Path) -> FrameVaeConfig:
+    """From the config.json of diffusers or of save_pretrained; ValueError for a VAE that is not Wan 2.1's."""
+    config = read_json(file)
+    others = {
+        "is_residual": False,
+        "patch_size": None,
+        "attn_scales": [],
+        "in_channels": 3,
+        "out_channels": 3,
+    }
+    for name, expected in others.items():
+        if config.get(name, expected) != expected:
+            raise ValueError(
+                f"{file.parent} is not the VAE of Wan 2.1: {name} is {config[name]!r}, expected {expected!r}"
+            )
+    return FrameVaeConfig.of_settings(config)
+
+
+def _check_tensors(network: FrameVae, tensors: dict[str, Tensor], source: str | Path) -> None:
+    expected_by = "Wan 2.1's VAE" if Path(source).is_file() else "its config.json"
+    expected = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    problems = [f"{name} is missing" for name in expected.keys() - found.keys()]
+    problems += [f"{name} is unknown" for name in found.keys() - expected.keys()]
+    problems += [
+        f"{name} has shape {found[name]}, expected {expected[name]}"
+        for name in expected.keys() & found.keys()
+        if found[name] != expected[name]
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(
+            f"the tensors of {source} do not fit {expected_by}: {'; '.join(sorted(problems)[:4])}{more}"
+        )
 
 
 def _checked_frames(frames: Tensor, stride: int) -> Tensor:

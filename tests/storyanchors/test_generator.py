@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import json
 from contextlib import contextmanager
@@ -202,9 +201,7 @@ def test_parts_may_be_references(parts, generator, tmp_path):
 
 def test_wans_codec_fits_in(vae, tmp_path):
     config = StoryDiTConfig(2, 12, 1, 32, WordEncoder.text_dim, latent_channels=16, freq_dim=32)
-    save_story_model(
-        tmp_path / "model", StoryDiT(config), WanCodec(copy.deepcopy(vae)), WordEncoder(), info=INFO
-    )
+    save_story_model(tmp_path / "model", StoryDiT(config), WanCodec.from_vae(vae), WordEncoder(), info=INFO)
     generator = StoryGenerator.from_pretrained(tmp_path / "model")
     given = {2: picture(2, (32, 48))}
     frames = generator.generate(story_of(3), height=32, width=48, given=given, progress=False)
