@@ -21,7 +21,7 @@ from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
 from storyanchors.attention import packed_attention
-from storyanchors.checkpointing import MODES, block_modes, run_block
+from storyanchors.activation_checkpointing import MODES, block_modes, run_block
 from storyanchors.conditioning import ClipConditions
 from storyanchors.modulation import affine_norm, gated_residual, modulated_norm
 from storyanchors.packing import patchify, token_counts, unpatchify
@@ -57,7 +57,7 @@ class StoryDiTConfig:
     rope_axes_dim: tuple[int, int, int] | None = None  # time, height, width of a head; None = Wan's split
     text_norm: bool = False  # LayerNorm without weights on the caption embedding
     clip_text_dim: int | None = None  # width of a second caption embedding, which goes first
-    # The base model's time runs from noise (0) to data and its velocity is data - noise. Callers never see it.
+    # The base model's time runs from noise (0) to data, its velocity is data - noise. Callers never see it.
     reversed_flow: bool = False
     resolution_divisor: int = 1  # pixels for one unit of the resolution embedder
     # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
@@ -118,8 +118,9 @@ class StoryDiTConfig:
 
 
 STEP_VIDEO = dict(
-    text_dim=6144, clip_text_dim=1024, text_norm=True, norm_eps=1e-5, norm_affine=True, cross_attn_norm=False,
-    qk_norm="rms_norm", linear_bias=False, rope_axes_dim=(64, 32, 32), reversed_flow=True, resolution_divisor=16,
+    text_dim=6144, clip_text_dim=1024, text_norm=True, norm_eps=1e-5, norm_affine=True,
+    cross_attn_norm=False, qk_norm="rms_norm", linear_bias=False, rope_axes_dim=(64, 32, 32),
+    reversed_flow=True, resolution_divisor=16,
 )  # fmt: skip
 PRESETS = {
     "tiny": dict(
@@ -189,16 +190,18 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return (model, {}) if return_unused_kwargs else model
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """What a block keeps for its backward; see storyanchors.checkpointing. ValueError for another word."""
+        """What blocks keep for their backward: a mode of storyanchors.activation_checkpointing, else ValueError."""
         if mode not in MODES:
             raise ValueError(f"activation_checkpointing is {mode!r}, expected one of {', '.join(MODES)}")
         self.activation_checkpointing = mode
 
     def compile_blocks(self, **settings) -> None:
-        """Compiles the block once for all layers and for clips of any length; settings go to torch.compile.
+        """Compiles one block for all layers; settings go to torch.compile.
 
-        The first steps are slow: a graph is made for each number of clips in a batch, with lengths that vary.
+        There is a graph for each number of clips in a batch, in which their lengths vary freely: the first
+        batch of each number takes a minute or more.
         """
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         self._run_block = torch.compile(run_block, **{"dynamic": True, "fullgraph": True, **settings})
 
     def forward(
@@ -213,8 +216,8 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         inputs: B clips (F_i, 2C+1, H_i, W_i) of any sizes, or one tensor (B, F, 2C+1, H, W); see
         conditioning.stack_condition_channels. timesteps: (B,) in [0, 1000], 1000 sigma. conditions: one per
         clip, or None when all is unknown. captions: B embeddings (L_i, text_dim), or pairs of CLIP rows
-        (M_i, clip_text_dim) and LLM rows where the config has a clip_text_dim. Every row is attended: a caller
-        passes Wan's zero-padded rows, and of Step-Video's captions the valid rows alone.
+        (M_i, clip_text_dim) and LLM rows where the config has a clip_text_dim. Every row is attended: callers
+        pass Wan's zero-padded rows, and of Step-Video's captions the valid rows alone.
         ValueError where counts or channels do not fit.
         """
         conditions = [ClipConditions()] * len(inputs) if conditions is None else conditions
@@ -263,10 +266,9 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             if [part.shape[1:] for part in parts] != [(dim,) for dim in text_dims] or not all(
                 map(len, parts)
             ):
-                raise ValueError(
-                    f"a caption embedding must be {' and '.join(f'(L, {dim})' for dim in text_dims)} with L > 0, "
-                    f"found {' and '.join(str(tuple(part.shape)) for part in parts)}"
-                )
+                expected = " and ".join(f"(L, {dim})" for dim in text_dims)
+                found = " and ".join(str(tuple(part.shape)) for part in parts)
+                raise ValueError(f"a caption embedding must be {expected} with L > 0, found {found}")
 
 
 class StoryBlock(nn.Module):
@@ -305,7 +307,7 @@ class StoryBlock(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention over packed clips, with RMS-normalised queries and keys.
 
-    The norm runs over all heads together (Wan) or over each one (Step-Video), as many numbers as its weight has.
+    The norm runs over all heads together (Wan) or over each one (Step-Video).
     """
 
     def __init__(self, config: StoryDiTConfig):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
 from storyanchors.dit import SCALAR_CONDITIONS, StoryDiT, StoryDiTConfig
@@ -247,6 +248,26 @@ def test_checkpointed_activations_give_the_same_gradients(mode):
     checkpointed.set_activation_checkpointing(mode)
     for (name, one), other in zip(gradients(plain).items(), gradients(checkpointed).values(), strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("mode", ["none", "selective"])
+def test_a_compiled_block_gives_the_same_gradients_and_is_compiled_once_for_clips_of_other_lengths(mode):
+    """Dynamo alone, without a code generator: what it must not do is break the graph or start again."""
+    plain, compiled = make_dit(story_std=0.3), make_dit(story_std=0.3)
+    compiled.set_activation_checkpointing(mode)
+    graphs = CompileCounter()
+    compiled.compile_blocks(backend=graphs)
+    counts = []
+    same, longer = CLIPS[3], (5, 4, 6, 9, [0], KNOWN, 731.25)
+    for clips in ([same, same], [same, longer], [longer, CLIPS[0]]):
+        for one, other in zip(
+            velocities(plain, *pack(clips)), velocities(compiled, *pack(clips)), strict=True
+        ):
+            torch.testing.assert_close(one, other)
+        counts.append(graphs.frame_count)
+    for (name, one), other in zip(gradients(plain).items(), gradients(compiled).values(), strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+    assert counts[0] == counts[1] == counts[2] > 0
 
 
 def test_an_unknown_way_of_checkpointing_is_refused(dit):

@@ -31,7 +31,7 @@ def run_block(block: Callable[..., Tensor], mode: str, *args) -> Tensor:
 
 
 def block_modes(mode: str, config, x_ND: Tensor, compute_dtype: torch.dtype, parameters) -> list[str]:
-    """The mode of every block; auto is settled by the tokens of this batch and the memory that is free now."""
+    """The mode of every block; auto is settled by this batch's tokens and the memory that is free now."""
     if mode != "auto":
         return [mode] * config.num_layers
     if not (x_ND.is_cuda and torch.is_grad_enabled()):
@@ -54,8 +54,9 @@ def fitting_modes(config, num_tokens: int, sizes: tuple[int, int], free_bytes: i
 
 
 def activation_bytes(config, mode: str, residual_size: int, compute_size: int) -> float:
-    """Bytes that one block keeps for one token, with numbers of these sizes in the residual stream and elsewhere.
+    """Bytes that one block keeps for one token.
 
+    The sizes are those of one number in the residual stream and in the products (4 and 2 under bf16-mixed).
     Counted in eager mode (a test counts again); torch.compile keeps less in mode none.
     """
     D = config.num_attention_heads * config.attention_head_dim

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from storyanchors.checkpointing import activation_bytes, fitting_modes
+from storyanchors.activation_checkpointing import activation_bytes, fitting_modes
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.flops import ClipSize, num_tokens
 
