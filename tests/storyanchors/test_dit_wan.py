@@ -78,6 +78,43 @@ def test_step_zero_is_the_base_model_whatever_is_given(dit, given, conditions):
     assert torch.equal(velocity, base)  # difference exactly 0
 
 
+# Image to video: 2C+4 input channels, [noisy C | mask 4 | condition C]
+
+
+def image_to_video(**image_branch: int) -> WanTransformer3DModel:
+    """With an image branch as in Wan 2.1, whose values are zero here, or without as in Wan 2.2."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = dict(num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=96, text_dim=24)
+    model = WanTransformer3DModel(**sizes, in_channels=12, out_channels=4, **image_branch).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(std=0.2, generator=generator)
+            if "add_v_proj" in name:
+                parameter.zero_()
+    return model
+
+
+@pytest.mark.parametrize("image_branch", [{}, dict(image_dim=20, added_kv_proj_dim=64)])
+def test_image_to_video_weights_give_what_diffusers_gives(config, image_branch, tmp_path):
+    wan = image_to_video(**image_branch)
+    wan.save_pretrained(tmp_path)
+    dit = StoryDiT(config).eval()
+    report = load_base_weights(dit, tmp_path)
+    noisy, timestep, _ = clip(3, 6, 8)
+    caption = torch.randn(512, 24)  # diffusers takes the last 512 rows for the text
+    condition, mask = torch.randn(3, 4, 6, 8), torch.tensor([1.0, 0.0, 1.0])
+    condition[1] = 0
+    with torch.no_grad():
+        (velocity,) = dit([stack_condition_channels(noisy, condition, mask)], timestep[None], None, [caption])
+        masks = mask[:, None, None, None].expand(3, 4, 6, 8)
+        stacked = torch.cat([noisy, masks, condition], dim=1).transpose(0, 1)[None]
+        image = dict(encoder_hidden_states_image=torch.randn(1, 7, 20)) if image_branch else {}
+        expected = wan(stacked, timestep[None], caption[None], **image).sample[0].transpose(0, 1)
+    torch.testing.assert_close(velocity, expected, **TOLERANCE)
+    assert len(report.dropped) == (8 + 3 * 5 if image_branch else 0)
+    assert "mask is the sum of its four" in str(report)
+
+
 def test_networks_that_begin_as_wan_have_no_frame_numbers():
     """Those do not start at zero: they are for networks that are trained from scratch."""
     with_numbers = {name for name in PRESETS if StoryDiTConfig.preset(name).frame_number_embedding}
@@ -89,9 +126,14 @@ def test_networks_that_begin_as_wan_have_no_frame_numbers():
     [
         ("wan-1.3b", 1_418_996_800, 17 * 4 * 1536),
         ("wan-14b", 14_288_491_584, 17 * 4 * 5120),
+        (
+            "step-30b",
+            29_342_478_400,
+            65 * 6144,
+        ),  # StepVideoModel of Step-Video-T2V, counted on the meta device
     ],
 )
-def test_presets_have_the_parameters_of_wan_and_the_new_parts(preset, own, expansion):
+def test_presets_have_the_parameters_of_the_base_model_and_the_new_parts(preset, own, expansion):
     with torch.device("meta"):
         dit = StoryDiT(StoryDiTConfig.preset(preset))
     total = sum(parameter.numel() for parameter in dit.parameters())

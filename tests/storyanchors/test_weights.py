@@ -1,4 +1,7 @@
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit import STEP_VIDEO, StoryDiT, StoryDiTConfig
 from storyanchors.weights import load_base_weights, part_folder
 
 PATCH = "patch_embedding.weight"
@@ -130,6 +133,157 @@ def test_weights_take_the_networks_dtype(config, wan, wan_folder):
     dit = StoryDiT(config).to(torch.bfloat16)
     load_base_weights(dit, wan_folder)
     check_holds(dit, {name: tensor.bfloat16() for name, tensor in wan.state_dict().items()})
+
+
+LOAD_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+import torch
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.weights import load_base_weights, read_tensors
+
+folder = Path(sys.argv[1])
+config = StoryDiTConfig(
+    num_attention_heads=8, attention_head_dim=64, num_layers=6, ffn_dim=2048, text_dim=64, latent_channels=4
+)
+dit = StoryDiT(config)
+dit.save_pretrained(folder, max_shard_size="10MB")
+dit.to(torch.bfloat16)
+in_file = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+(data,) = (int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+limit = data * 1024 + in_file // 2
+resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+print(in_file // 2**20, len(load_base_weights(dit, folder).loaded))
+try:
+    dict(read_tensors(folder))
+except Exception:
+    print("no room for all at once")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_checkpoint_is_streamed(tmp_path):
+    """110 MB go into a bfloat16 network with room for half of them, where all together do not fit."""
+    command = [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, str(tmp_path)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert int(output[0].split()[0]) > 100
+    assert output[1:] == ["no room for all at once"]
+
+
+# Step-Video (the names are tested with the authors' own files in test_golden.py)
+
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STEP = dict(STEP_VIDEO, num_attention_heads=3, attention_head_dim=16, num_layers=2, ffn_dim=192)
+STEP |= dict(text_dim=20, clip_text_dim=12, rope_axes_dim=(8, 4, 4), latent_channels=4)
+
+
+@pytest.fixture
+def step_dit() -> StoryDiT:
+    return StoryDiT(StoryDiTConfig(**STEP, patch_size=(1, 2, 2)))
+
+
+@pytest.fixture
+def step_folder(tmp_path: Path) -> Path:
+    shutil.copytree(GOLDEN / "step_t2v", tmp_path / "step")
+    return tmp_path / "step"
+
+
+def test_the_report_says_what_became_of_step_videos_tensors(step_dit):
+    report = load_base_weights(step_dit, GOLDEN / "step_t2v")
+    everything = report.loaded + report.split + report.expanded + report.new
+    assert sorted(everything) == sorted(step_dit.state_dict())
+    assert report.split == sorted(
+        f"blocks.{i}.{name}.weight"
+        for i in range(2)
+        for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn2.to_k", "attn2.to_v")
+    )
+    assert report.permuted == sorted(
+        f"blocks.{i}.attn1.{name}.weight" for i in range(2) for name in ("to_q", "to_k", "norm_q", "norm_k")
+    )
+    new_parts = {name.split(".")[1] for name in report.new if not name.startswith("story_embedder.null.")}
+    assert new_parts == {"frame_interval", "motion"}
+    assert report.dropped == report.unexpected == []
+    assert "(Step-Video)" in str(report) and "10 split out of fused ones, 8 of these permuted" in str(report)
+
+
+def test_a_motion_embedder_is_loaded_and_the_mask_column_stays_zero():
+    dit = StoryDiT(StoryDiTConfig(**STEP, patch_size=(1, 1, 1)))
+    report = load_base_weights(dit, GOLDEN / "step_ti2v")
+    stored = load_file(GOLDEN / "step_ti2v" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(dit.patch_embedding.weight[:, :8, 0], stored["pos_embed.proj.weight"].float())
+    assert not dit.patch_embedding.weight[:, 8].any()
+    assert "the noisy and condition latents' columns; mask is zero" in str(report)
+    motion = {name for name in report.loaded if name.startswith("story_embedder.")}
+    assert motion == {
+        f"story_embedder.motion.linear_{i}.{leaf}" for i in (1, 2) for leaf in ("weight", "bias")
+    }
+
+
+def test_a_network_of_step_videos_kind_comes_back_from_our_own_folder(step_dit, step_folder, tmp_path):
+    load_base_weights(step_dit, step_folder)
+    step_dit.save_pretrained(tmp_path / "ours")
+    other = StoryDiT(StoryDiTConfig(**STEP))
+    report = load_base_weights(other, tmp_path / "ours")
+    assert report.layout == "StoryDiT" and report.permuted == report.split == []
+    assert all(torch.equal(x, other.state_dict()[name]) for name, x in step_dit.state_dict().items())
+
+
+def test_step_video_without_clip_is_read(step_folder):
+    """Its code also builds networks whose only text is the language model's."""
+    rewrite(step_folder, lambda t: [t.pop(f"clip_projection.{leaf}") for leaf in ("weight", "bias")])
+    dit = StoryDiT(StoryDiTConfig(**(STEP | dict(clip_text_dim=None))))
+    load_base_weights(dit, step_folder)
+    with pytest.raises(ValueError, match=r"clip_embedder.bias is missing"):
+        load_base_weights(StoryDiT(StoryDiTConfig(**STEP)), step_folder)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda t: t.pop("adaln_single.emb.fps_embedder.linear_2.bias"),
+            "story_embedder.fps.linear_2.bias is missing",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.1.attn1.wqkv.weight": torch.zeros(96, 48)}),
+            r"transformer_blocks.1.attn1.wqkv.weight has shape \[96, 48\], expected \[144, 48\]",
+        ),
+        (
+            lambda t: t.update({"transformer_blocks.1.attn3.wq.weight": torch.zeros(48, 48)}),
+            "transformer_blocks.1.attn3.wq.weight has no place in StoryDiT",
+        ),
+        (
+            lambda t: t.update({"patch_embedding.bias": torch.zeros(48)}),
+            "patch_embedding.bias has no place in StoryDiT",
+        ),
+        (
+            lambda t: t.update({"pos_embed.proj.weight": torch.zeros(48, 12, 2, 2)}),
+            r"12 input channels, expected 4 \(text to video\), 8 \(TI2V\) or 9 \(a StoryDiT\)",
+        ),
+    ],
+)
+def test_a_step_video_checkpoint_with_a_fault_is_refused(step_dit, step_folder, change, message):
+    rewrite(step_folder, change)
+    before = {name: tensor.clone() for name, tensor in step_dit.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_base_weights(step_dit, step_folder)
+    assert all(torch.equal(tensor, step_dit.state_dict()[name]) for name, tensor in before.items())
+
+
+def test_step_videos_conventions_are_not_taken_for_wans(step_dit, wan_folder):
+    """Direction of time, RoPE and eps are in no tensor: the network must be of the checkpoint's family."""
+    dit = StoryDiT(StoryDiTConfig(**(STEP | dict(reversed_flow=False, norm_eps=1e-6, rope_axes_dim=None))))
+    with pytest.raises(ValueError) as error:
+        load_base_weights(dit, GOLDEN / "step_t2v")
+    for difference in (
+        "reversed_flow is True, expected False",
+        "norm_eps is 1e-05, expected 1e-06",
+        "rope_axes_dim is (8, 4, 4), expected None",
+    ):
+        assert difference in str(error.value)
+    with pytest.raises(ValueError, match=r"reversed_flow is False, expected True"):
+        load_base_weights(step_dit, wan_folder)
 
 
 # What is refused, with the reason; the network stays as it was
