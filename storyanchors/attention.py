@@ -32,7 +32,7 @@ SHORT_CLIP = (
 def packed_attention(
     q_NAK: Tensor, k_MAK: Tensor, v_MAK: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
 ) -> Tensor:
-    """(N, A, K), (M, A, K), (M, A, K) -> (N, A, K); clip i owns q_lengths[i] queries and k_lengths[i] keys."""
+    """(N, A, K), (M, A, K), (M, A, K) -> (N, A, K); clip i has q_lengths[i] queries, k_lengths[i] keys."""
     kernel = SDPA
     if q_NAK.is_cuda and not torch.compiler.is_compiling():
         capability, head_dim = torch.cuda.get_device_capability(q_NAK.device), q_NAK.shape[-1]
@@ -74,7 +74,7 @@ def installed_kernels() -> tuple[str, ...]:
 
 
 def describe_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, num_tokens: int = 16384) -> str:
-    """What a clip of num_tokens will run, for a log: our choice and, for SDPA, the kernel that torch picks."""
+    """What a clip of num_tokens runs, for a log: our choice and, for SDPA, the kernel that torch picks."""
     kernel = SDPA
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)

@@ -20,8 +20,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
 
-from storyanchors.attention import packed_attention
 from storyanchors.activation_checkpointing import MODES, block_modes, run_block
+from storyanchors.attention import packed_attention
 from storyanchors.conditioning import ClipConditions
 from storyanchors.modulation import affine_norm, gated_residual, modulated_norm
 from storyanchors.packing import patchify, token_counts, unpatchify
@@ -190,7 +190,7 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         return (model, {}) if return_unused_kwargs else model
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """What blocks keep for their backward: a mode of storyanchors.activation_checkpointing, else ValueError."""
+        """What blocks keep for their backward: one of activation_checkpointing.MODES, else ValueError."""
         if mode not in MODES:
             raise ValueError(f"activation_checkpointing is {mode!r}, expected one of {', '.join(MODES)}")
         self.activation_checkpointing = mode

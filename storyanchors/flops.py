@@ -1,8 +1,8 @@
-"""Floating-point operations of a StoryDiT, counted from its config: the base of MFU and of the data plan's cost.
+"""Floating-point operations of a StoryDiT, counted from its config: the base of MFU and of a clip's cost.
 
-Only products of matrices count, two operations for a multiplication and an addition, as torch's FlopCounterMode
-counts them. A training step does three times a forward's work (four times with full checkpointing, of which
-MFU counts three).
+Only products of matrices count, two operations for a multiplication and an addition, as torch's
+FlopCounterMode counts them. A training step does three times a forward's work (four times with full
+checkpointing, of which MFU counts three).
 """
 
 import math

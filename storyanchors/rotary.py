@@ -13,7 +13,7 @@ from storyanchors.packing import Grid
 
 
 def rope_table(grids: Sequence[Grid], axes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """(N, 1, K/2, 2) cosines and sines in float32; axes: how many of a head's K numbers time, height, width turn."""
+    """(N, 1, K/2, 2) cosines and sines in float32; axes: the numbers of a head for time, height and width."""
     return torch.cat([_rope_of_grid(grid, axes, device) for grid in grids])[:, None]
 
 

@@ -25,8 +25,8 @@ def test_rotations_are_those_of_wan(head_dim, axes):
     table = rotations(GRIDS, StoryDiTConfig(2, head_dim, 1, 8, 8).rope_axes)
     assert table.shape == (sum(token_counts(GRIDS)), 1, head_dim // 2)
     token = 0
-    for F, h, w in GRIDS:
-        for position in ((f, y, x) for f in range(F) for y in range(h) for x in range(w)):
+    for num_frames, h, w in GRIDS:
+        for position in ((f, y, x) for f in range(num_frames) for y in range(h) for x in range(w)):
             expected = [
                 cmath.exp(1j * at / 10000 ** (2 * i / dim))
                 for at, dim in zip(position, axes, strict=True)
