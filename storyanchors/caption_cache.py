@@ -76,6 +76,7 @@ class PrecomputedCaptions:
         num_valid = int(rows_LT.any(dim=1).nonzero().max()) + 1 if rows_LT.any() else 0
         tensors = {"text": rows_LT[:num_valid]} | ({} if clip is None else {"clip": clip})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        self._check_widths(tensors, f"the embedding of {text[:60]!r}")
         metadata = {"text": text, "num_rows": str(len(rows_LT)), "crc32": _crc32(tensors)}
         _write_atomically(self.path(text), save(tensors, metadata))
 
@@ -97,7 +98,10 @@ class PrecomputedCaptions:
             raise ValueError(f"{path} is damaged: {error}") from error
         if metadata.get("text") != text or metadata.get("crc32") != _crc32(tensors):
             raise ValueError(f"{path} is damaged: its text or its crc32 is not the one in its header")
-        return self._checked(tensors, int(metadata["num_rows"]), path)
+        self._check_widths(tensors, path)
+        num_rows = int(metadata.get("num_rows", len(tensors["text"])))
+        rows_LT = F.pad(tensors["text"], (0, 0, 0, num_rows - len(tensors["text"])))
+        return (tensors["clip"], rows_LT) if self.clip_text_dim else rows_LT
 
     def encode(self, texts: list[str]) -> list[CaptionEmbedding]:
         return [self.read(text) for text in texts]
@@ -116,15 +120,13 @@ class PrecomputedCaptions:
     def save_pretrained(self, folder: str | Path) -> None:
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
 
-    def _checked(self, tensors: dict[str, Tensor], num_rows: int, path: Path) -> CaptionEmbedding:
-        expected = {"text": self.text_dim} | ({"clip": self.clip_text_dim} if self.clip_text_dim else {})
+    def _check_widths(self, tensors: dict[str, Tensor], where: str | Path) -> None:
+        widths = {"text": self.text_dim} | ({"clip": self.clip_text_dim} if self.clip_text_dim else {})
         found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found.keys() != expected.keys() or any(
-            shape[1:] != (expected[name],) for name, shape in found.items()
+        if found.keys() != widths.keys() or any(
+            found[name][1:] != (width,) for name, width in widths.items()
         ):
-            raise ValueError(f"{path} holds {found}, expected tensors of width {expected}")
-        rows_LT = F.pad(tensors["text"], (0, 0, 0, num_rows - len(tensors["text"])))
-        return (tensors["clip"], rows_LT) if self.clip_text_dim else rows_LT
+            raise ValueError(f"{where} holds {found}, expected tensors of width {widths}")
 
 
 class ComputingEncoder(Protocol):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import logging
 from contextlib import contextmanager
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from storyanchors.caption_cache import PrecomputedCaptions
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec, WanCodec
 from storyanchors.conditioning import ClipConditions
@@ -136,6 +138,65 @@ def test_known_conditions_are_kept_and_sizes_filled_in(generator):
         generator.generate(story_of(3), conditions=ClipConditions(frame_interval=69), progress=False)
     seen = {condition for _, _, conditions, _ in forwards for condition in conditions}
     assert seen == {ClipConditions(frame_interval=69, height=16, width=24, num_frames=3)}
+
+
+def test_a_caption_that_is_too_long_is_cut_with_a_warning(parts, caplog):
+    encoder = WordEncoder()
+    encoder.max_tokens = encoder.count_tokens(Story(story_of(3).events[:2]).prompt())
+    generator = StoryGenerator(
+        *parts[:2], encoder, frame_size=SIZE, num_steps=1, guidance_scale=2.0, shift=1.5
+    )
+    with caplog.at_level(logging.WARNING):
+        generator.generate_many([story_of(3), story_of(1)], num_frames=3, progress=False)
+    [record] = caplog.records
+    assert record.message.startswith("story 1: the caption is too long for its text encoder and loses")
+    assert "the subject 'a fox', the event '[3] a fox runs 3'" in record.message
+    with recorded_forwards(generator.dit) as forwards:
+        generator.generate(story_of(3), progress=False)
+        caption = Story(story_of(3).events[:2]).prompt()
+        generator.generate(story_of(3), caption=caption, progress=False)
+    (*_, first), (*_, second) = forwards
+    assert all(map(torch.equal, first, second))
+
+
+def test_without_guidance_no_empty_caption_is_asked_for(parts, tmp_path):
+    made = PrecomputedCaptions.create(tmp_path, encoder="words", text_dim=WordEncoder.text_dim)
+    made.write(story_of(2).prompt(), WordEncoder().encode([story_of(2).prompt()])[0])
+    settings = dict(frame_size=SIZE, num_steps=2, shift=1.5)
+    expected = StoryGenerator(*parts, **settings).generate(story_of(2), guidance_scale=1.0, progress=False)
+    generator = StoryGenerator(*parts[:2], made, **settings)
+    frames = generator.generate(story_of(2), guidance_scale=1.0, progress=False)
+    np.testing.assert_array_equal(pixels(frames), pixels(expected))
+    with pytest.raises(ValueError, match="holds no embedding of the empty caption"):
+        generator.generate(story_of(2), guidance_scale=2.0, progress=False)
+    with pytest.raises(ValueError, match="holds no embedding of the caption 'Consistency Event"):
+        generator.generate(story_of(3), guidance_scale=1.0, progress=False)
+
+
+def test_a_step_video_network_reads_pairs(parts, tmp_path):
+    text = dict(text_dim=10, clip_text_dim=6, text_norm=True)
+    step = dict(norm_affine=True, norm_eps=1e-5, cross_attn_norm=False, qk_norm="rms_norm", linear_bias=False)
+    config = StoryDiTConfig(
+        2, 12, 2, 32, **text, **step, rope_axes_dim=(4, 4, 4), reversed_flow=True, latent_channels=4
+    )
+    torch.manual_seed(0)
+    dit = StoryDiT(config).eval()
+    made = PrecomputedCaptions.create(
+        tmp_path / "made", encoder="random numbers", text_dim=10, clip_text_dim=6
+    )
+    for number, caption in enumerate(["", story_of(2).prompt(), story_of(3).prompt()]):
+        made.write(caption, (torch.randn(7, 6), torch.randn(3 + number, 10)))
+    info = INFO | {"caption_encoder": {"reference": str(tmp_path / "made")}}
+    save_story_model(tmp_path / "model", dit, parts[1], made, info=info)
+    generator = StoryGenerator.from_pretrained(tmp_path / "model")
+    with recorded_forwards(generator.dit) as forwards:
+        frames = generator.generate_many([story_of(2), story_of(3)], progress=False)
+    assert [len(one) for one in frames] == [2, 3]
+    sizes = [tuple(part.shape for part in pair) for pair in forwards[0][3]]
+    assert sizes == [((7, 6), (4, 10)), ((7, 6), (5, 10)), ((7, 6), (3, 10)), ((7, 6), (3, 10))]
+    save_story_model(tmp_path / "model", dit, parts[1], WordEncoder(), info=INFO)
+    with pytest.raises(ValueError, match="text_dim 192 for a network of 10"):
+        StoryGenerator.from_pretrained(tmp_path / "model")
 
 
 def test_callback_sees_the_guess_of_the_latents_after_every_step(generator):
