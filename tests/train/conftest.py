@@ -7,6 +7,7 @@ import torch
 from conf.command import read_config
 from data_pipeline.build_index import build_index
 from data_pipeline.write_story_world import WriteStoryWorldConfig, write_dataset
+from train import export_weights
 from train.run_stage import RunStageConfig, main
 
 SMALL = [
@@ -53,3 +54,34 @@ def three_steps(train, tmp_path_factory) -> Path:
     """A finished run of three steps of stage 3, with every step's checkpoint; read only."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     return train(run_dir, "stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3")
+
+
+@pytest.fixture(scope="session")
+def export() -> Callable[..., Path]:
+    """export(run_dir, out, *overrides) runs train/export_weights.py in this process."""
+
+    def run(run_dir: Path, out: Path, *more: str) -> Path:
+        overrides = [f"run_dir={run_dir}", f"out={out}", *more]
+        export_weights.main(read_config(export_weights.ExportWeightsConfig, "export_weights", overrides))
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def base_model(export, three_steps, tmp_path_factory) -> Path:
+    """A model folder to adapt; read only."""
+    return export(three_steps, tmp_path_factory.mktemp("models") / "base")
+
+
+@pytest.fixture(scope="session")
+def lora(base_model) -> list[str]:
+    """Arguments of a run that trains a LoRA of the base model, with every step's checkpoint."""
+    more = ["model.lora.rank=2", "model.lora.alpha=6", f"model.base_weights={base_model}"]
+    return ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3", *more]
+
+
+@pytest.fixture(scope="session")
+def lora_run(train, lora, tmp_path_factory) -> Path:
+    """A finished LoRA run of three steps; read only."""
+    return train(tmp_path_factory.mktemp("runs") / "lora", *lora, "optimizer.lr=1e-2")

@@ -10,8 +10,11 @@ from train.checkpoints import (
     MANIFEST,
     TrainingState,
     find_fault,
+    load_trained_weights,
     newest_checkpoint,
     remove_old_checkpoints,
+    trained_weights,
+    weights_sha256,
     write_checkpoint,
 )
 
@@ -111,3 +114,48 @@ def test_the_last_k_are_kept(tmp_path):
 
 def test_no_checkpoints_is_no_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) is None
+
+
+def half_frozen() -> torch.nn.Module:
+    net = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    net[0].requires_grad_(False)
+    return net
+
+
+def test_only_what_is_trained_is_saved_and_put_back():
+    first, second = half_frozen(), half_frozen()
+    frozen = second[0].weight.clone()
+    weights = trained_weights(first)
+    assert weights.keys() == {"1.weight", "1.bias"}
+    load_trained_weights(second, weights)
+    assert torch.equal(second[1].weight, first[1].weight) and torch.equal(second[0].weight, frozen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"1.bias": None}, r"1\.bias has shape none among the saved weights, expected \[1\]"),
+        ({"0.weight": torch.zeros(3, 2)}, r"0\.weight has shape \[3, 2\] .* expected none"),
+        ({"1.weight": torch.zeros(3, 1)}, r"1\.weight has shape \[3, 1\] .* expected \[1, 3\]"),
+    ],
+)
+def test_weights_of_another_network_are_refused_and_change_nothing(change, message):
+    net = half_frozen()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    weights = {name: torch.zeros_like(tensor) for name, tensor in trained_weights(net).items()} | change
+    with pytest.raises(ValueError, match=message):
+        load_trained_weights(net, {name: tensor for name, tensor in weights.items() if tensor is not None})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_the_hash_of_weights_sees_bits_names_and_types():
+    net = half_frozen()
+    first = weights_sha256(net)
+    assert weights_sha256(net) == first
+    with torch.no_grad():
+        net[0].weight[0, 0] = torch.nextafter(net[0].weight[0, 0], torch.tensor(9.0))
+    second = weights_sha256(net)
+    renamed, half = torch.nn.ModuleList(net), net.to(torch.bfloat16)
+    third = weights_sha256(half)
+    assert len({first, second, third}) == 3
+    assert weights_sha256(torch.nn.Sequential(torch.nn.Identity(), *renamed)) != third

@@ -54,3 +54,9 @@ def test_a_restored_average_goes_on_as_the_first_one_does():
     for ema in (first, second):
         ema.update()
     assert torch.equal(first.state_dict()["weight"], second.state_dict()["weight"])
+
+
+def test_frozen_weights_have_no_average():
+    net = network()
+    net.bias.requires_grad_(False)
+    assert Ema(net.named_parameters(), decay=0.9).state_dict().keys() == {"weight"}

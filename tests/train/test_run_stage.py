@@ -1,7 +1,9 @@
 """A run of a small model on story-world clips: the same bits when repeated, resumed or killed."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conf.command import Stopped, read_config
 from train.checkpoints import newest_checkpoint
@@ -56,8 +59,9 @@ def test_a_resumed_run_is_bit_identical_to_an_undisturbed_one(train, three_steps
     assert checkpoint_bits(resumed, 3) == checkpoint_bits(three_steps, 3)
 
 
-def test_activation_checkpointing_does_not_change_a_loss(train, three_steps, tmp_path):
-    run_dir = train(tmp_path / "saving", *STAGE_3, "model.activation_checkpointing=full")
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activation_checkpointing_does_not_change_a_loss(train, three_steps, tmp_path, mode):
+    run_dir = train(tmp_path / "saving", *STAGE_3, f"model.activation_checkpointing={mode}")
     assert losses(run_dir) == losses(three_steps)
 
 
@@ -160,6 +164,118 @@ def test_init_from_something_else_is_refused(train, dataset, tmp_path):
         train(tmp_path / "next", f"init_from={dataset}")
 
 
+def test_a_run_of_an_older_version_hands_over_what_it_has(train, three_steps, tmp_path):
+    """Its checkpoint does not know the settings of the network that have come since."""
+    older = tmp_path / "older"
+    shutil.copytree(three_steps, older)
+    folder = older / "checkpoints" / "step_00000003"
+    config = json.loads((folder / "config.json").read_text())
+    newer = {"qk_norm", "norm_eps", "reversed_flow", "rope_axes_dim"}
+    content = json.dumps({name: value for name, value in config.items() if name not in newer})
+    (folder / "config.json").write_text(content)
+    manifest = json.loads((folder / "MANIFEST.json").read_text())
+    manifest["files"]["config.json"] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content.encode()).hexdigest(),
+    }  # fmt: skip
+    (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+    train(tmp_path / "next", "stage.steps=1", f"init_from={older}")
+
+
+def saved_weights(run_dir: Path, which: str = "model") -> dict[str, torch.Tensor]:
+    return newest_checkpoint(run_dir).weights(which)
+
+
+def test_a_lora_run_learns_and_saves_the_lora_alone(lora_run, three_steps):
+    for which in ("model", "ema"):
+        weights = saved_weights(lora_run, which)
+        assert {name.split(".")[0] for name in weights} == {"blocks", "patch_embedding", "story_embedder"}
+        low_rank = {name for name in weights if name.startswith("blocks.")}
+        assert all(".lora_A." in name or ".lora_B." in name for name in low_rank) and len(low_rank) == 20
+        assert all(weights[name].abs().max() > 0 for name in low_rank)  # B begins at zero
+    moments = newest_checkpoint(lora_run).optimizer_state()["state"]
+    assert len(moments) == len(weights) < len(saved_weights(three_steps))
+
+
+def test_what_is_trained_is_said_at_the_start(train, lora, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        train(tmp_path / "said", *lora, "stage.steps=1")
+    assert re.search(r"0\.0\d M of 0\.\d\d M parameters are trained; attention: \w+", caplog.text)
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_resumed_lora_run_is_bit_identical(train, lora, lora_run, tmp_path, step):
+    resumed = tmp_path / "resumed"
+    shutil.copytree(lora_run, resumed)
+    for later in range(step + 1, 4):
+        shutil.rmtree(resumed / "checkpoints" / f"step_{later:08d}")
+    train(resumed, *lora, "optimizer.lr=1e-2")
+    assert losses(resumed) == losses(lora_run)
+    assert checkpoint_bits(resumed, 3) == checkpoint_bits(lora_run, 3)
+
+
+def test_the_base_of_a_lora_may_move_and_must_not_change(train, lora, lora_run, base_model, tmp_path):
+    moved, unfinished = tmp_path / "moved", tmp_path / "unfinished"
+    shutil.copytree(base_model, moved)
+    shutil.copytree(lora_run, unfinished)
+    shutil.rmtree(unfinished / "checkpoints" / "step_00000003")
+    arguments = [*lora, "optimizer.lr=1e-2", f"model.base_weights={moved}"]
+    changed = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(changed.read_bytes())
+    content[-1] ^= 1
+    changed.write_bytes(content)
+    with pytest.raises(ValueError, match=f"sha256 .*, found sha256 .* in the base {moved}"):
+        train(unfinished, *arguments)
+    changed.write_bytes((base_model / "transformer" / changed.name).read_bytes())
+    train(unfinished, *arguments)
+    assert checkpoint_bits(unfinished, 3) == checkpoint_bits(lora_run, 3)
+
+
+def test_a_lora_is_handed_over_to_the_next_stage_as_it_is(train, lora, lora_run, tmp_path):
+    following = train(tmp_path / "next", *lora, f"init_from={lora_run}", "optimizer.lr=0.0")
+    average = lora_run / "checkpoints" / "step_00000003" / "ema.safetensors"
+    after = following / "checkpoints" / "step_00000003" / "model.safetensors"
+    assert average.read_bytes() == after.read_bytes()
+    provenance = json.loads((following / "provenance.json").read_text())
+    assert provenance["base"] == json.loads((lora_run / "provenance.json").read_text())["base"]
+    assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": lora_run.name}]
+
+
+def test_a_run_of_all_weights_begins_with_the_lora_merged(train, export, lora_run, tmp_path):
+    more = ["stage=continuation", f"init_from={lora_run}", "optimizer.lr=0.0", "stage.steps=1"]
+    whole = train(tmp_path / "whole", *more)
+    export(lora_run, tmp_path / "model")
+    merged = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    weights = saved_weights(whole)
+    assert weights.keys() == merged.keys()
+    assert all(torch.equal(weights[name], merged[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.lora.rank=4", "rank 2, found rank 4 in model.lora"),
+        ("model.lora.alpha=2", "alpha 6.0, found alpha 2.0 in model.lora"),
+    ],
+)
+def test_a_lora_of_other_settings_is_not_handed_over(train, lora, lora_run, tmp_path, override, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path / "next", *lora, f"init_from={lora_run}", override)
+    assert not (tmp_path / "next").exists()
+
+
+def test_a_whole_network_is_no_lora_to_begin_with(train, lora, three_steps, base_model, tmp_path):
+    for whole in (three_steps, base_model):
+        with pytest.raises(
+            ValueError, match=r"holds a whole network, no LoRA: give it as model\.base_weights"
+        ):
+            train(tmp_path / "next", *lora, f"init_from={whole}")
+
+
+def test_a_lora_needs_a_base(train, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.lora\.rank=8 needs model\.base_weights"):
+        train(tmp_path / "next", "model.lora.rank=8")
+
+
 @pytest.mark.parametrize(("preset", "names"), [("paper", ["first"]), ("none", ["none"])])
 def test_a_preset_of_mask_policies_can_be_chosen(arguments, preset, names):
     overrides = ["stage=continuation", f"mask_policies@stage={preset}"]
@@ -207,6 +323,8 @@ def test_bfloat16_products_keep_float32_weights(train, tmp_path):
         ("ema.decay=1.0", "below 1"),
         ("optimizer.schedule=step", "cosine"),
         ("model.preset=huge", "tiny"),
+        ("model.activation_checkpointing=some", "selective"),
+        ("model.lora.rank=0", "at least 1"),
         ("stage.steps=none", "steps"),
         ("optimizer.learning_rate=1", "optimizer"),
     ],
