@@ -1,6 +1,6 @@
 """The parts of a run: the network of a preset, the frozen codec and the frozen caption encoder."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from storyanchors.caption_encoder import WORDS, load_caption_encoder
 from storyanchors.clip import frames_to_tensor
 from storyanchors.codec import PcaCodec, load_codec
 from storyanchors.dit import CaptionEmbedding, StoryDiT, StoryDiTConfig
+from storyanchors.lora import LoraSettings
 from storyanchors.output_folder import output_folder
 from train.clip_index import ClipIndex
 from train.data_plan import epoch_order
@@ -58,7 +59,18 @@ class ModelConfig:
     caption_encoder: str = MISSING  # words or a folder or hub id
     caption_cache: str | None = None  # a folder of embeddings that runs share; None = encode every time
     sigma_shift: float = 1.0  # toward noise, for training and sampling alike
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = "none"  # none | selective | full | auto
+    compile: str | None = None  # backend of torch.compile for the blocks: inductor; None = not compiled
+    lora: LoraSettings = field(default_factory=LoraSettings)  # lora.rank=16 trains an adapter of base_weights
+
+    def __post_init__(self):
+        if isinstance(self.lora, dict):  # as a run's config.yaml has it
+            self.lora = LoraSettings(**self.lora)
+        if self.lora.rank is not None and self.base_weights is None:
+            raise ValueError(
+                f"model.lora.rank={self.lora.rank} needs model.base_weights, the network to adapt: a "
+                "published checkpoint or a model folder"
+            )
 
     @property
     def dit_config(self) -> StoryDiTConfig:
@@ -72,8 +84,11 @@ def build_dit(config: ModelConfig, seed: int) -> StoryDiT:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         dit = StoryDiT(config.dit_config)
-    if config.activation_checkpointing:
-        dit.enable_gradient_checkpointing()
+    dit.set_activation_checkpointing(config.activation_checkpointing)
+    if config.compile:
+        if config.compile not in (known := torch.compiler.list_backends(())):
+            raise ValueError(f"model.compile is {config.compile!r}, expected inductor or another of {known}")
+        dit.compile_blocks(backend=config.compile)
     return dit
 
 

@@ -14,7 +14,7 @@ from storyanchors.caption_encoder import fit_caption
 from storyanchors.conditioning import stack_condition_channels
 from storyanchors.dit import CaptionEmbedding, StoryDiT
 from storyanchors.flow import add_noise, flow_loss, velocity
-from train.checkpoints import Checkpoint
+from train.checkpoints import Checkpoint, load_trained_weights
 from train.ema import Ema, EmaConfig
 from train.loader import ClipBatch, LoadedClip
 from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
@@ -62,7 +62,7 @@ class StoryModule(L.LightningModule):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Everything of a checkpoint that is this module's own."""
         state = checkpoint.state
-        self.dit.load_state_dict(checkpoint.weights("model"))
+        load_trained_weights(self.dit, checkpoint.weights("model"))
         self.ema.load_state_dict(checkpoint.weights("ema"), state.num_ema_updates)
         self.position = state.position
         self.skipped_in_a_row, self.num_skipped = state.skipped_in_a_row, state.num_skipped
