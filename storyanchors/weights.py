@@ -65,7 +65,7 @@ class WeightsReport:
     def __str__(self) -> str:
         counts = [f"{len(self.loaded)} tensors loaded"]
         counts += [f"{len(self.split)} split out of fused ones"] if self.split else []
-        counts += [f"{len(self.permuted)} of these permuted for RoPE"] if self.permuted else []
+        counts += [f"with {len(self.permuted)} of all these permuted for RoPE"] if self.permuted else []
         counts += [f"{len(self.expanded)} expanded ({self.columns})"] if self.expanded else []
         counts += [f"{len(self.new)} new"] if self.new else []
         counts += [f"{len(self.dropped)} of the image branch dropped"] if self.dropped else []
@@ -325,21 +325,19 @@ def _found_sizes(checkpoint: _Checkpoint, config: dict) -> dict[str, Any]:
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
         found = defaults | found
     found |= checkpoint.layout.switches
-    blocks = [
-        int(move.parameter.split(".")[1])
-        for targets in checkpoint.plan.values()
-        for move in targets
-        if move.parameter.startswith("blocks.")
-    ]
-    patch = checkpoint.shape_of(PATCH)
-    found |= {"hidden_dim": patch[0], "num_layers": 1 + max(blocks, default=-1)}
+    reached = [move.parameter for targets in checkpoint.plan.values() for move in targets]
+    blocks = [int(match[1]) for name in reached if (match := re.match(r"blocks\.(\d+)\.", name))]
+    hidden_dim, *_, patch = checkpoint.shape_of(PATCH)
+    found |= {"hidden_dim": hidden_dim, "num_layers": 1 + max(blocks, default=-1)}
+    found["patch_size"] = (1, patch, patch)
+    if shape := checkpoint.shape_of("proj_out.weight"):
+        found["latent_channels"] = shape[0] // patch**2
     for name, parameter, axis in (
         ("ffn_dim", "blocks.0.ffn.net.0.proj.weight", 0),
         ("text_dim", "condition_embedder.text_embedder.linear_1.weight", 1),
         ("clip_text_dim", "condition_embedder.clip_embedder.weight", 1),
     ):
-        shape = checkpoint.shape_of(parameter)
-        if shape is not None:
+        if shape := checkpoint.shape_of(parameter):
             found[name] = shape[axis]
     if checkpoint.layout is STEP and (shape := checkpoint.shape_of("blocks.0.attn1.norm_q.weight")):
         K = shape[0]  # its RoPE's split of 128 is written in its code: 64, 32, 32
