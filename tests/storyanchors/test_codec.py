@@ -64,6 +64,35 @@ def test_batches_bound_the_memory_and_change_nothing(codec, monkeypatch):
     torch.testing.assert_close(codec.decode(latents)[4:], codec.decode(latents[4:]), **EXACT)
 
 
+def test_the_frames_of_several_clips_are_one_batch(codec, vae):
+    clips = [random_frames(3), random_frames(4, seed=1), random_frames(1, seed=2)]
+    latents = codec.encode(torch.cat(clips)).split([len(clip) for clip in clips])
+    for clip, clip_latents in zip(clips, latents, strict=True):
+        alone = torch.stack([encode_alone(vae, frame) for frame in clip])
+        torch.testing.assert_close(clip_latents, alone, **EXACT)
+    frames = codec.decode(torch.cat(latents))
+    torch.testing.assert_close(frames[-1], decode_alone(vae, latents[-1][0]), **EXACT)
+
+
+def test_frames_and_latents_are_left_as_they_are(codec):
+    frames = random_frames(2).contiguous(memory_format=torch.channels_last)
+    before = frames.clone()
+    latents = codec.encode(frames).contiguous(memory_format=torch.channels_last)
+    latents_before = latents.clone()
+    codec.decode(latents)
+    assert torch.equal(frames, before) and torch.equal(latents, latents_before)
+
+
+def test_another_dtype_keeps_the_layout_and_nearly_the_numbers(vae):
+    exact, codec = WanCodec.from_vae(vae), WanCodec.from_vae(vae).to("cpu", torch.bfloat16)
+    frames = random_frames(2)
+    latents = codec.encode(frames)
+    assert latents.dtype == codec.decode(latents).dtype == torch.bfloat16
+    assert codec.network.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    error = latents.float() - exact.encode(frames)
+    assert error.square().mean() < 0.1**2 * exact.encode(frames).square().mean()
+
+
 def test_autocast_does_not_reach_into_the_codec(codec):
     frames = random_frames(1)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -75,6 +104,53 @@ def test_autocast_does_not_reach_into_the_codec(codec):
 
 def test_the_codec_is_frozen(codec):
     assert not codec.encode(random_frames(1).requires_grad_()).requires_grad
+
+
+# Tiles
+
+
+class PixelsAlone(torch.nn.Module):
+    """What the VAE would be if it saw every latent pixel alone: tiles of it must not show at all."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_unshuffle(frames, 8)[:, :16]
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return torch.nn.functional.pixel_shuffle(latents[:, :3].repeat_interleave(64, dim=1), 8) / 8
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch) -> None:
+    monkeypatch.setattr(WanCodec, "LARGE_FRAME_PIXELS", 48 * 32 - 1)
+    monkeypatch.setattr(WanCodec, "TILE", 4)
+    monkeypatch.setattr(WanCodec, "OVERLAP", 2)
+
+
+@pytest.mark.parametrize("size", [(48, 32), (32, 48), (64, 104), (24, 88)])
+def test_tiles_cover_a_frame_and_fade_without_a_trace(codec, tiny_tiles, size):
+    whole = WanCodec(codec.network)
+    whole.network, tiled = PixelsAlone(), WanCodec(codec.network, tiling=True)
+    tiled.network = whole.network
+    frames = random_frames(2, *size)
+    latents = tiled.encode(frames)
+    torch.testing.assert_close(latents, whole.encode(frames), **EXACT)
+    torch.testing.assert_close(tiled.decode(latents), whole.decode(latents), **EXACT)
+
+
+def test_only_large_frames_are_tiled_and_only_on_request(vae_folder, codec, tiny_tiles):
+    tiled = load_codec(vae_folder, tiling=True)
+    small, large = random_frames(1, 48, 24), random_frames(1, 48, 40)
+    assert torch.equal(tiled.encode(small), codec.encode(small))
+    difference = (tiled.encode(large) - codec.encode(large)).abs()
+    assert difference.max() > 1e-3  # these are tiles, since a tile's attention sees no other tile
+
+
+def test_a_pca_codec_needs_no_tiles(tmp_path):
+    PcaCodec.fit(random_frames(4)).save_pretrained(tmp_path)
+    assert isinstance(load_codec(tmp_path, tiling=True), PcaCodec)
+
+
+# Files and folders
 
 
 def test_only_what_single_frames_need_is_kept_and_saved(codec, vae, tmp_path):
@@ -122,6 +198,23 @@ def test_a_missing_tensor_is_named(vae_folder, tmp_path):
     (tmp_path / "config.json").write_text((vae_folder / "config.json").read_text())
     with pytest.raises(ValueError, match=r"decoder\.conv_in\.bias"):
         WanCodec.from_pretrained(tmp_path)
+
+
+def test_a_file_without_a_config_is_wans_vae_at_its_own_width(vae_folder, codec):
+    from_file = load_codec(vae_folder / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(from_file.encode(random_frames(1)), codec.encode(random_frames(1)))
+
+
+def test_a_pickle_is_refused_unless_asked_for(vae, tmp_path):
+    torch.save(vae.state_dict(), tmp_path / "vae.pth")
+    with pytest.raises(ValueError, match="allow_pickle=True"):
+        load_codec(tmp_path / "vae.pth")
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors do not fit Wan 2\.1's VAE: .* is missing"):
+        load_codec(tmp_path / "other.safetensors")
 
 
 def test_the_folder_of_a_pca_codec_is_told_apart(tmp_path):
