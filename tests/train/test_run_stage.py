@@ -65,6 +65,12 @@ def test_activation_checkpointing_does_not_change_a_loss(train, three_steps, tmp
     assert losses(run_dir) == losses(three_steps)
 
 
+def test_compiled_blocks_compute_the_same(train, lora, lora_run, tmp_path):
+    """eager: traced as for inductor, but not translated, which takes minutes on a CPU."""
+    run_dir = train(tmp_path / "compiled", *lora, "stage.steps=1", "model.compile=eager")
+    assert losses(run_dir)[1][:2] == pytest.approx(losses(lora_run)[1][:2], rel=1e-5)  # loss, gradient norm
+
+
 def test_a_signal_ends_the_step_saves_and_says_so(train, tmp_path):
     run_dir = tmp_path / "stopped"
     metrics = run_dir / "metrics.jsonl"
@@ -325,6 +331,7 @@ def test_bfloat16_products_keep_float32_weights(train, tmp_path):
         ("model.preset=huge", "tiny"),
         ("model.activation_checkpointing=some", "selective"),
         ("model.lora.rank=0", "at least 1"),
+        ("model.compile=fast", "inductor"),
         ("stage.steps=none", "steps"),
         ("optimizer.learning_rate=1", "optimizer"),
     ],
