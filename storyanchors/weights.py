@@ -306,9 +306,8 @@ def _check_sizes(dit: StoryDiT, checkpoint: _Checkpoint, config: dict) -> None:
             if all(getattr(preset, field) == value for field, value in found.items())
         ]  # fmt: skip
         hint = f" (it fits the preset {fitting[0]})" if fitting else ""
-        raise ValueError(
-            f"{checkpoint.path} is of another size than the network: {'; '.join(differences)}{hint}"
-        )
+        found = _first_eight(differences)
+        raise ValueError(f"{checkpoint.path} is of another size or kind than the network: {found}{hint}")
 
 
 def _found_sizes(checkpoint: _Checkpoint, config: dict) -> dict[str, Any]:
@@ -324,7 +323,6 @@ def _found_sizes(checkpoint: _Checkpoint, config: dict) -> dict[str, Any]:
         fields = dataclasses.fields(StoryDiTConfig)
         defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
         found = defaults | found
-    found |= checkpoint.layout.switches
     reached = [move.parameter for targets in checkpoint.plan.values() for move in targets]
     blocks = [int(match[1]) for name in reached if (match := re.match(r"blocks\.(\d+)\.", name))]
     hidden_dim, *_, patch = checkpoint.shape_of(PATCH)
@@ -342,7 +340,7 @@ def _found_sizes(checkpoint: _Checkpoint, config: dict) -> dict[str, Any]:
     if checkpoint.layout is STEP and (shape := checkpoint.shape_of("blocks.0.attn1.norm_q.weight")):
         K = shape[0]  # its RoPE's split of 128 is written in its code: 64, 32, 32
         found |= {"attention_head_dim": K, "rope_axes_dim": (K // 2, K // 4, K // 4)}
-    return found
+    return found | checkpoint.layout.switches
 
 
 def _check_tensors(parameters: dict[str, Tensor], checkpoint: _Checkpoint, latent_channels: int) -> set[str]:
@@ -372,6 +370,9 @@ def _check_tensors(parameters: dict[str, Tensor], checkpoint: _Checkpoint, laten
         if checkpoint.shapes[name] != expected:
             problems.append(f"{name} has shape {list(checkpoint.shapes[name])}, expected {list(expected)}")
     if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"{checkpoint.path} does not fit the network: {'; '.join(problems[:8])}{more}")
+        raise ValueError(f"{checkpoint.path} does not fit the network: {_first_eight(problems)}")
     return new
+
+
+def _first_eight(problems: list[str]) -> str:
+    return "; ".join(problems[:8]) + (f" and {len(problems) - 8} more" if len(problems) > 8 else "")
