@@ -42,8 +42,7 @@ def add_lora(dit: StoryDiT, settings: LoraSettings, *, seed: int = 0) -> None:
     The update begins at zero: the network computes what it did. Base weights are to be loaded before, since
     the adapted matrices change their names. ValueError where the network has an adapter already.
     """
-    if has_lora(dit):
-        raise ValueError("the network has a LoRA already; merge_lora makes it part of the weights")
+    _check_has_none(dit)
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.rank if settings.alpha is None else settings.alpha,
@@ -82,8 +81,8 @@ def load_lora(dit: StoryDiT, folder: str | Path) -> LoraSettings:
     ValueError, with dit as it was, unless the file's settings are there and its tensors are exactly those of
     such an adapter of this network.
     """
-    file = Path(folder) / LORA_FILE
-    settings = _check_file(dit, file)
+    _check_has_none(dit)
+    settings = _check_file(dit, Path(folder) / LORA_FILE)
     dit.load_lora_adapter(str(folder), prefix=None, use_safetensors=True, adapter_name="default")
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(".default." in name)
@@ -101,6 +100,11 @@ def merge_lora(dit: StoryDiT) -> None:
     del dit.peft_config
     dit._hf_peft_config_loaded = False  # diffusers' sign that add_adapter has been called
     dit.requires_grad_(True)
+
+
+def _check_has_none(dit: StoryDiT) -> None:
+    if has_lora(dit):
+        raise ValueError("the network has a LoRA already; merge_lora makes it part of the weights")
 
 
 def _check_file(dit: StoryDiT, file: Path) -> LoraSettings:

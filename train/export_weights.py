@@ -13,13 +13,14 @@ import torch
 from omegaconf import MISSING
 
 from conf.command import run
+from storyanchors.codec import PcaCodec
 from storyanchors.diffusers_export import STORY_PARTS, save_diffusers_wan, verify_diffusers_wan
 from storyanchors.dit import StoryDiT
 from storyanchors.generator import MODEL_FILE, save_story_model
 from storyanchors.lora import LORA_FILE, has_lora, merge_lora, save_lora
 from storyanchors.output_folder import check_output_folder, output_folder
 from train.checkpoints import Checkpoint, newest_checkpoint
-from train.parts import CODEC, FITTED_CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
+from train.parts import CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
 from train.run_folder import read_network, read_provenance, read_settings, stage_history
 
 MADE_WITH = {"story-model": MODEL_FILE, "lora": LORA_FILE, "diffusers-wan": STORY_PARTS}  # by format
@@ -112,11 +113,11 @@ def write_story_model(
         else config.guidance_scale,
         "shift": model.sigma_shift,
     }
-    if model.codec != FITTED_CODEC:
+    codec = open_codec(model, Path(config.run_dir) / CODEC)
+    if not isinstance(codec, PcaCodec):
         info["codec"] = {"reference": model.codec}
     if model.caption_encoder != WORDS:
         info["caption_encoder"] = {"reference": model.caption_encoder}
-    codec = open_codec(model, Path(config.run_dir) / CODEC)
     save_story_model(config.out, dit, codec, open_caption_encoder(model), info=info)
 
 

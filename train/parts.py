@@ -71,6 +71,11 @@ class ModelConfig:
                 f"model.lora.rank={self.lora.rank} needs model.base_weights, the network to adapt: a "
                 "published checkpoint or a model folder"
             )
+        if self.base_weights is not None and self.codec == FITTED_CODEC:
+            raise ValueError(
+                f"model.base_weights={self.base_weights} knows the latents of one codec, and model.codec="
+                f"{FITTED_CODEC} would fit another: name its own, for a model folder FOLDER/{CODEC}"
+            )
 
     @property
     def dit_config(self) -> StoryDiTConfig:
@@ -121,8 +126,8 @@ def check_parts(dit: StoryDiT, codec: Codec, caption_encoder: CaptionEncoder) ->
 
 
 def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_encoder: CaptionEncoder) -> None:
-    """Writes the parts that were made here to the run folder; references stay where they are."""
-    if config.codec == FITTED_CODEC:
+    """Writes the parts that we made, in this run or one before, to the run folder; no published ones."""
+    if isinstance(codec, PcaCodec):
         with output_folder(run_dir / CODEC, made_with="config.json") as folder:
             codec.save_pretrained(folder)
     if config.caption_encoder == WORDS:

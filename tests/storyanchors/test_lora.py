@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,22 @@ from torch import Tensor
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.lora import LORA_FILE, LoraSettings, add_lora, has_lora, load_lora, merge_lora, save_lora
+from storyanchors.weights import load_story_dit
 
 SETTINGS = LoraSettings(rank=4, alpha=10)  # alpha is not rank: a lost alpha changes the output
 CLIPS = [torch.randn(F, 9, 4, W, generator=torch.Generator().manual_seed(F)) for F, W in ((3, 6), (1, 4))]
 CAPTIONS = [torch.randn(L, 24, generator=torch.Generator().manual_seed(L)) for L in (5, 2)]
 
 
-@pytest.fixture
-def base(config: StoryDiTConfig) -> StoryDiT:
-    dit = StoryDiT(config).eval()
+STEP_VIDEO = dict(
+    norm_affine=True, cross_attn_norm=False, qk_norm="rms_norm", linear_bias=False, rope_axes_dim=(16, 8, 8),
+    text_norm=True, reversed_flow=True,
+)  # fmt: skip
+
+
+@pytest.fixture(params=["wan", "step-video"])
+def base(config: StoryDiTConfig, request) -> StoryDiT:
+    dit = StoryDiT(replace(config, **STEP_VIDEO) if request.param == "step-video" else config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in dit.parameters():
@@ -64,9 +72,9 @@ def test_it_begins_as_the_base_model(base):
 
 
 def test_low_rank_in_every_block_and_the_new_parts_whole(base, adapted):
-    matrices = [name for name, parameter in base.named_parameters() if name.startswith("blocks.")]
-    matrices = [name.removesuffix(".weight") for name in matrices if ".to_" in name or ".ffn." in name]
-    low_rank = {f"{m}.lora_{x}.default.weight" for m in matrices if not m.endswith("bias") for x in "AB"}
+    weights = [name for name in base.state_dict() if name.startswith("blocks.") and name.endswith(".weight")]
+    matrices = [name.removesuffix(".weight") for name in weights if ".to_" in name or ".ffn." in name]
+    low_rank = {f"{matrix}.lora_{factor}.default.weight" for matrix in matrices for factor in "AB"}
     whole = {
         f"{part}.modules_to_save.default.{name}"
         for part in ("patch_embedding", "story_embedder")
@@ -121,6 +129,19 @@ def test_merged_it_is_a_plain_network_of_the_same_output(base, adapted):
     assert difference(dit, adapted) <= 1e-5 < difference(dit, base)
 
 
+def test_in_bfloat16_it_computes_what_it_was_trained_to_in_float32(base, adapted, tmp_path):
+    """The base as inference loads it; the file is float32."""
+    base.save_pretrained(tmp_path / "base")
+    save_lora(adapted, tmp_path / "lora")
+    half = load_story_dit(tmp_path / "base", dtype=torch.bfloat16)
+    before = velocity(half)
+    load_lora(half, tmp_path / "lora")
+    expected = velocity(adapted)
+    assert (velocity(half) - expected).norm() < 0.05 * expected.norm() < 0.5 * (before - expected).norm()
+    merge_lora(half)
+    assert (velocity(half) - expected).norm() < 0.05 * expected.norm()
+
+
 def test_a_merged_network_is_saved_and_adapted_like_any_other(adapted, tmp_path):
     merge_lora(adapted)
     adapted.save_pretrained(tmp_path)
@@ -130,9 +151,12 @@ def test_a_merged_network_is_saved_and_adapted_like_any_other(adapted, tmp_path)
     assert difference(again, adapted) == 0
 
 
-def test_a_second_one_is_refused(adapted):
+def test_a_second_one_is_refused(adapted, tmp_path):
+    save_lora(adapted, tmp_path)
     with pytest.raises(ValueError, match="has a LoRA already"):
         add_lora(adapted, SETTINGS)
+    with pytest.raises(ValueError, match="has a LoRA already"):
+        load_lora(adapted, tmp_path)
 
 
 def no_settings(file: Path) -> None:

@@ -77,8 +77,9 @@ def base_model(export, three_steps, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def lora(base_model) -> list[str]:
     """Arguments of a run that trains a LoRA of the base model, with every step's checkpoint."""
-    more = ["model.lora.rank=2", "model.lora.alpha=6", f"model.base_weights={base_model}"]
-    return ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3", *more]
+    base = [f"model.base_weights={base_model}", f"model.codec={base_model}/codec"]
+    steps = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
+    return [*steps, *base, "model.lora.rank=2", "model.lora.alpha=6"]
 
 
 @pytest.fixture(scope="session")

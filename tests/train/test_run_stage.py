@@ -246,11 +246,13 @@ def test_a_lora_is_handed_over_to_the_next_stage_as_it_is(train, lora, lora_run,
     assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": lora_run.name}]
 
 
-def test_a_run_of_all_weights_begins_with_the_lora_merged(train, export, lora_run, tmp_path):
-    more = ["stage=continuation", f"init_from={lora_run}", "optimizer.lr=0.0", "stage.steps=1"]
-    whole = train(tmp_path / "whole", *more)
+def test_a_run_of_all_weights_begins_with_the_lora_merged(train, export, lora_run, base_model, tmp_path):
+    more = ["stage=continuation", "optimizer.lr=0.0", "stage.steps=1"]
+    whole = train(tmp_path / "whole", f"init_from={lora_run}", *more)
     export(lora_run, tmp_path / "model")
     merged = load_file(tmp_path / "model" / "transformer" / "diffusion_pytorch_model.safetensors")
+    codecs = {(f / "codec" / "codec.safetensors").read_bytes() for f in (base_model, lora_run, whole)}
+    assert len(codecs) == 1 and (tmp_path / "model" / "codec").is_dir()
     weights = saved_weights(whole)
     assert weights.keys() == merged.keys()
     assert all(torch.equal(weights[name], merged[name]) for name in weights)
@@ -275,6 +277,11 @@ def test_a_whole_network_is_no_lora_to_begin_with(train, lora, three_steps, base
             ValueError, match=r"holds a whole network, no LoRA: give it as model\.base_weights"
         ):
             train(tmp_path / "next", *lora, f"init_from={whole}")
+
+
+def test_base_weights_keep_their_codec(train, lora, tmp_path):
+    with pytest.raises(ValueError, match=r"model\.codec=pca would fit another"):
+        train(tmp_path / "next", *lora, "model.codec=pca")
 
 
 def test_a_lora_needs_a_base(train, tmp_path):
