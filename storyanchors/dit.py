@@ -173,9 +173,33 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        self._zero_new_parts()
+
+    def _zero_new_parts(self) -> None:
         for name in (*SCALAR_CONDITIONS, "resolution"):
             nn.init.zeros_(getattr(self.story_embedder, name).linear_2.weight)
         nn.init.zeros_(self.patch_embedding.weight[:, self.config.latent_channels :])
+
+    @classmethod
+    def unfilled(cls, config: StoryDiTConfig, *, dtype: torch.dtype = torch.float32) -> "StoryDiT":
+        """A network whose weights are to be read from a checkpoint: only memory, in dtype where it may be.
+
+        What no base model has is initialised. Drawing 14 billion numbers to overwrite them takes minutes.
+        """
+        with torch.device("meta"):
+            dit = cls(config)
+        dit.cast(dtype)
+        dit.to_empty(device="cpu")
+        for name, parameter in dit.story_embedder.named_parameters():
+            nn.init.xavier_uniform_(parameter) if name.endswith(".weight") else nn.init.zeros_(parameter)
+        dit._zero_new_parts()
+        return dit
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """In place; the parts whose numbers need float32 (timesteps, conditions, tables, norms) keep it."""
+        for name, parameter in self.named_parameters():
+            keeps = any(kept in name for kept in self._keep_in_fp32_modules)
+            parameter.data = parameter.data.to(torch.float32 if keeps else dtype)
 
     @classmethod
     def from_config(cls, config: dict | StoryDiTConfig, return_unused_kwargs: bool = False, **overrides):

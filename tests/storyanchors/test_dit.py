@@ -242,6 +242,17 @@ def test_a_saved_network_comes_back_exactly(dit, tmp_path):
         assert torch.equal(one, other)
 
 
+def test_a_network_to_be_filled_has_memory_for_every_weight_and_its_new_parts_at_their_start():
+    dit = StoryDiT.unfilled(CONFIG, dtype=torch.bfloat16)
+    assert dit.state_dict().keys() == StoryDiT(CONFIG).state_dict().keys()
+    assert not any(parameter.is_meta for parameter in dit.parameters())
+    assert dit.blocks[0].attn1.to_q.weight.dtype == torch.bfloat16
+    for embedder in (dit.story_embedder.fps, dit.story_embedder.resolution):
+        assert embedder.linear_1.weight.dtype == torch.float32 and embedder.linear_1.weight.std() > 0.01
+        assert not embedder.linear_2.weight.any() and not embedder.linear_1.bias.any()
+    assert not dit.patch_embedding.weight[:, CONFIG.latent_channels :].any()
+
+
 @pytest.mark.parametrize("mode", ["selective", "full", "auto"])
 def test_checkpointed_activations_give_the_same_gradients(mode):
     plain, checkpointed = make_dit(story_std=0.3), make_dit(story_std=0.3)
