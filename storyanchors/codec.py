@@ -227,22 +227,23 @@ def _blended_tiles(
     """function of slices of x along an axis (-2 or -1), put together; in overlaps one fades into the next.
 
     tile and overlap (the least) count latent pixels, each unit_in values wide in x and unit_out afterwards.
+    The outer quarter of an overlap, which the zeros beyond a tile's edge have reached, hardly counts.
     """
     spans = _tile_spans(x.shape[axis] // unit_in, tile, overlap)
     parts = [function(x.narrow(axis, start * unit_in, (stop - start) * unit_in)) for start, stop in spans]
-    weights = torch.zeros(len(spans), spans[-1][1] * unit_out)
-    for weight, (start, stop) in zip(weights, spans, strict=True):
-        distance = (torch.arange((stop - start) * unit_out) + 0.5) / (overlap * unit_out)
-        weight[start * unit_out : stop * unit_out] = torch.minimum(distance, distance.flip(0)).clamp(max=1)
+    places = [slice(start * unit_out, stop * unit_out) for start, stop in spans]
+    weights = torch.zeros(len(spans), places[-1].stop)
+    for weight, place in zip(weights, places, strict=True):
+        inside = (torch.arange(place.stop - place.start) + 0.5) / (overlap * unit_out)  # in overlaps
+        # never 0: at the frame's own edge a tile is alone
+        weight[place] = (2 * torch.minimum(inside, inside.flip(0)) - 0.5).clamp(1e-4, 1)
     weights = (weights / weights.sum(0)).to(parts[0])
     shape = list(parts[0].shape)
     shape[axis] = weights.shape[1]
-    blended = parts[0].new_zeros(shape)
-    for part, weight, (start, stop) in zip(parts, weights, spans, strict=True):
-        weight = weight[start * unit_out : stop * unit_out]
-        place = blended.narrow(axis, start * unit_out, len(weight))
-        place += part * (weight if axis == -1 else weight[:, None])
-    return blended
+    blended = parts[0].new_zeros(shape).movedim(axis, -1)
+    for part, weight, place in zip(parts, weights, places, strict=True):
+        blended[..., place] += part.movedim(axis, -1) * weight[place]
+    return blended.movedim(-1, axis).contiguous()
 
 
 def _tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
