@@ -106,7 +106,7 @@ class WanCodec:
     PIXELS_PER_BATCH = 2**22
     # Frames of more pixels than a 1080p frame are cut into tiles where `tiling` says so.
     LARGE_FRAME_PIXELS = 2**21
-    TILE, OVERLAP = 128, 16  # in latent pixels: 1024 and 128 pixels of the frame
+    TILE, OVERLAP = 160, 16  # in latent pixels: 1280 and 128 pixels of the frame
 
     def __init__(self, network: FrameVae, *, tiling: bool = False):
         """Freezes the network. tiling bounds the memory that a large frame takes, see LARGE_FRAME_PIXELS.
@@ -247,9 +247,9 @@ def _blended_tiles(
 
 
 def _tile_spans(length: int, tile: int, overlap: int) -> list[tuple[int, int]]:
-    """(start, stop) of evenly spread tiles that cover a length and share at least the overlap."""
+    """(start, stop) of tiles of one size that cover a length, as few and then as small as can be."""
     num = max(1, math.ceil((length - overlap) / (tile - overlap)))
-    size = min(tile, length)
+    size = math.ceil((length + (num - 1) * overlap) / num)
     starts = [index * (length - size) // max(1, num - 1) for index in range(num)]
     return [(start, start + size) for start in starts]
 
