@@ -59,6 +59,16 @@ def has_lora(dit: StoryDiT) -> bool:
     return bool(getattr(dit, "peft_config", None))
 
 
+def cast_base(dit: StoryDiT, dtype: torch.dtype) -> None:
+    """Keeps the frozen matrices under the LoRA in another dtype, in place.
+
+    Under autocast to that dtype the same bits come out, from half the memory and without a cast in each step.
+    """
+    for module in dit.modules():
+        if isinstance(module, LoraLayer):
+            module.get_base_layer().to(dtype)
+
+
 def save_lora(dit: StoryDiT, folder: str | Path) -> None:
     """Writes LORA_FILE: the low-rank matrices, the modules that learn whole, and the settings."""
     config = dit.peft_config["default"]

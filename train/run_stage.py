@@ -24,7 +24,8 @@ from omegaconf import MISSING
 
 from conf.command import Stopped, run
 from storyanchors.attention import describe_kernel
-from storyanchors.lora import add_lora
+from storyanchors.dit import StoryDiT
+from storyanchors.lora import add_lora, cast_base, has_lora
 from storyanchors.weights import load_base_weights
 from train.callbacks import MetricsLog, RunCheckpoints, StageProgress
 from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
@@ -122,7 +123,10 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     callbacks = build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips)
     trainer = build_trainer(config, callbacks)
     module = build_module(config, train_clips, is_new=resume_from is None)
-    log_network(module, trainer)
+    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
+    if has_lora(module.dit):
+        cast_base(module.dit, dtype)
+    log_network(module.dit, trainer.strategy.root_device, dtype)
     if resume_from:
         module.restore(resume_from)
     if rank_zero_only.rank == 0:
@@ -216,12 +220,11 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     )
 
 
-def log_network(module: StoryModule, trainer: L.Trainer) -> None:
+def log_network(dit: StoryDiT, device: torch.device, dtype: torch.dtype) -> None:
     """How much of the network is trained, and what computes its attention."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.dit.parameters()]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in dit.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    dtype = {"16": torch.float16, "bf16": torch.bfloat16}.get(trainer.precision.split("-")[0], torch.float32)
-    kernel = describe_kernel(trainer.strategy.root_device, dtype, module.dit.config.attention_head_dim)
+    kernel = describe_kernel(device, dtype, dit.config.attention_head_dim)
     log.info("%.2f M of %.2f M parameters are trained; attention: %s", trained / 1e6, total / 1e6, kernel)
 
 

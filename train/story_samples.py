@@ -81,7 +81,7 @@ class StorySamples(Callback):
             return
         self.last_step = step
         if trainer.is_global_zero and (step % self.config.every_n_steps == 0 or step == trainer.max_steps):
-            with module.ema.swapped_in():
+            with module.ema.swapped_in(), trainer.precision_plugin.forward_context():
                 numbers = dict(self.draw(trainer, module))
             if numbers:
                 self.metrics.write(trainer, numbers)

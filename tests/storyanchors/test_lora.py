@@ -13,7 +13,16 @@ from torch import Tensor
 
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.lora import LORA_FILE, LoraSettings, add_lora, has_lora, load_lora, merge_lora, save_lora
+from storyanchors.lora import (
+    LORA_FILE,
+    LoraSettings,
+    add_lora,
+    cast_base,
+    has_lora,
+    load_lora,
+    merge_lora,
+    save_lora,
+)
 from storyanchors.weights import load_story_dit
 
 SETTINGS = LoraSettings(rank=4, alpha=10)  # alpha is not rank: a lost alpha changes the output
@@ -140,6 +149,20 @@ def test_in_bfloat16_it_computes_what_it_was_trained_to_in_float32(base, adapted
     assert (velocity(half) - expected).norm() < 0.05 * expected.norm() < 0.5 * (before - expected).norm()
     merge_lora(half)
     assert (velocity(half) - expected).norm() < 0.05 * expected.norm()
+
+
+def test_a_base_in_bfloat16_trains_the_same_bits_under_autocast(adapted):
+    def step(dit: StoryDiT) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            velocity(dit).square().mean().backward()
+        return {name: p.grad for name, p in dit.named_parameters() if p.requires_grad}
+
+    dit = copy.deepcopy(adapted)
+    cast_base(dit, torch.bfloat16)
+    assert dit.blocks[0].ffn.net[2].base_layer.weight.dtype == torch.bfloat16
+    found, expected = step(dit), step(adapted)
+    assert found.keys() == expected.keys() and len(found) > 60
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
 
 
 def test_a_merged_network_is_saved_and_adapted_like_any_other(adapted, tmp_path):

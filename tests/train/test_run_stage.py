@@ -202,6 +202,13 @@ def test_a_lora_run_learns_and_saves_the_lora_alone(lora_run, three_steps):
     assert len(moments) == len(weights) < len(saved_weights(three_steps))
 
 
+def test_a_lora_over_bfloat16_weights_draws_samples_and_is_saved_in_float32(train, lora, tmp_path):
+    samples = ["samples.every_n_steps=1", "samples.num_stories=1", "samples.num_steps=1"]
+    run_dir = train(tmp_path / "bf16", *lora, *samples, "trainer.precision=bf16-mixed", "stage.steps=1")
+    assert {tensor.dtype for tensor in saved_weights(run_dir).values()} == {torch.float32}
+    assert len(list((run_dir / "samples").iterdir())) == 2
+
+
 def test_what_is_trained_is_said_at_the_start(train, lora, tmp_path, caplog):
     with caplog.at_level("INFO"):
         train(tmp_path / "said", *lora, "stage.steps=1")
