@@ -127,6 +127,10 @@ def build_index(
         raise ValueError(
             "caption_encoder=... counts the tokens of a captions run, name it with captions=NAME"
         )
+    if caption_encoder:
+        from data_pipeline.token_counts import token_counter  # here: transformers takes 3 s to import
+
+        token_counter(caption_encoder)  # one that cannot be read is an error before the shards are verified
     shards = _read_shards(dataset, workers)
     if stories:
         _import_stories(dataset, captions, stories, shards)
@@ -256,7 +260,7 @@ def _with_tokens(
     table: pa.Table, dataset: Path, captions: str, shards: list[str], encoder: str, workers: int | None
 ) -> tuple[pa.Table, list[str]]:
     """The table with its token columns filled, and the report."""
-    from data_pipeline.token_counts import count_tokens, describe_tokens  # transformers takes 3 s to import
+    from data_pipeline.token_counts import count_tokens, describe_tokens
 
     counted = count_tokens(dataset, captions, shards, encoder, workers=workers)
     for kind, name in (("global caption", "global_caption_tokens"), ("story", "story_tokens")):

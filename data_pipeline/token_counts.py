@@ -32,6 +32,12 @@ class CaptionTokens:
         return f"{self.key}: {self.kind} of {self.num_tokens} tokens {loss}"
 
 
+@lru_cache(maxsize=1)
+def token_counter(encoder: str) -> TokenCounter:
+    """Loaded once; the processes that count inherit it."""
+    return load_token_counter(encoder)
+
+
 def count_tokens(
     dataset: Path, run: str, shards: list[str], encoder: str, *, workers: int | None
 ) -> list[CaptionTokens]:
@@ -42,7 +48,7 @@ def count_tokens(
 
 def describe_tokens(captions: list[CaptionTokens], encoder: str) -> list[str]:
     """Lines for a person: the budget, how much of it the captions use, and which are over it."""
-    budget = _counter(encoder).max_tokens
+    budget = token_counter(encoder).max_tokens
     lines = [f"tokens of {encoder}: {'no limit' if budget is None else f'at most {budget} per caption'}"]
     for kind in ("global caption", "story"):
         if counts := [caption.num_tokens for caption in captions if caption.kind == kind]:
@@ -63,7 +69,7 @@ def describe_tokens(captions: list[CaptionTokens], encoder: str) -> list[str]:
 
 
 def _count_shard(dataset: Path, run: str, encoder: str, shard: str) -> list[CaptionTokens]:
-    counter = _counter(encoder)
+    counter = token_counter(encoder)
     return [
         caption
         for line in read_captions(dataset, run, shard)
@@ -86,11 +92,6 @@ def _count(key: str, kind: str, text: str, counter: TokenCounter) -> CaptionToke
     except ValueError:
         losses = None
     return CaptionTokens(key, kind, num_tokens, losses)
-
-
-@lru_cache(maxsize=1)
-def _counter(encoder: str) -> TokenCounter:
-    return load_token_counter(encoder)
 
 
 def _counted(kind: str, count: int) -> str:

@@ -77,30 +77,31 @@ class PrecomputedCaptions:
         tensors = {"text": rows_LT[:num_valid]} | ({} if clip is None else {"clip": clip})
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         self._check_widths(tensors, f"the embedding of {text[:60]!r}")
-        metadata = {"text": text, "num_rows": str(len(rows_LT)), "crc32": _crc32(tensors)}
+        num_rows = str(len(rows_LT))
+        metadata = {"text": text, "num_rows": num_rows, "crc32": _crc32(tensors, num_rows)}
         _write_atomically(self.path(text), save(tensors, metadata))
 
     def read(self, text: str) -> CaptionEmbedding:
         """The embedding as it was written, on the CPU; ValueError names a file that is missing or damaged."""
         path = self.path(text)
         if not path.is_file():
-            what = f"the caption {text!r}" if text else "the empty caption, which stands for no caption"
+            what = f"the caption {text[:120]!r}" if text else "the empty caption, which stands for no caption"
             raise ValueError(
                 f"{self.folder} holds no embedding of {what}: expected {path.relative_to(self.folder)}"
             )
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, tensors = (
-                    file.metadata() or {},
-                    {name: file.get_tensor(name) for name in file.keys()},
-                )
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        if metadata.get("text") != text or metadata.get("crc32") != _crc32(tensors):
+        num_rows = metadata.get("num_rows", "")
+        if metadata.get("text") != text or metadata.get("crc32") != _crc32(tensors, num_rows):
             raise ValueError(f"{path} is damaged: its text or its crc32 is not the one in its header")
         self._check_widths(tensors, path)
-        num_rows = int(metadata.get("num_rows", len(tensors["text"])))
-        rows_LT = F.pad(tensors["text"], (0, 0, 0, num_rows - len(tensors["text"])))
+        rows_LT = tensors["text"]
+        if num_rows:
+            rows_LT = F.pad(rows_LT, (0, 0, 0, int(num_rows) - len(rows_LT)))
         return (tensors["clip"], rows_LT) if self.clip_text_dim else rows_LT
 
     def encode(self, texts: list[str]) -> list[CaptionEmbedding]:
@@ -196,12 +197,12 @@ class CachedCaptions:
         self.encoder.save_pretrained(folder)
 
 
-def _crc32(tensors: dict[str, Tensor]) -> str:
-    """Of the bytes of all tensors, by name."""
+def _crc32(tensors: dict[str, Tensor], num_rows: str) -> str:
+    """Of the bytes of all tensors, by name, and of the digits of num_rows."""
     crc32 = 0
     for _, tensor in sorted(tensors.items()):
         crc32 = zlib.crc32(tensor.contiguous().view(torch.uint8).numpy(), crc32)
-    return f"{crc32:08x}"
+    return f"{zlib.crc32(num_rows.encode(), crc32):08x}"
 
 
 def _write_atomically(file: Path, content: bytes) -> None:

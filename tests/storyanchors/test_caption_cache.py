@@ -3,12 +3,14 @@
 import json
 import logging
 import shutil
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from storyanchors.caption_cache import CachedCaptions, PrecomputedCaptions, embedding_to
 from storyanchors.caption_encoder import WordEncoder, load_caption_encoder
@@ -84,7 +86,12 @@ def spoil_a_byte(path):
     path.write_bytes(content)
 
 
+def spoil_the_number_of_rows(path):
+    path.write_bytes(path.read_bytes().replace(b'"num_rows":"32"', b'"num_rows":"12"'))
+
+
 SPOILED = {
+    "another number of rows": spoil_the_number_of_rows,
     "cut": lambda path: path.write_bytes(path.read_bytes()[:-50]),
     "empty": lambda path: path.write_bytes(b""),
     "no safetensors": lambda path: path.write_text("not a tensor" * 9),
@@ -165,6 +172,17 @@ def test_pairs_are_kept_as_pairs(tmp_path):
     assert store.count_tokens("a fox") == 11
     moved = embedding_to(pair, torch.device("meta"))
     assert isinstance(moved, tuple) and all(part.is_meta for part in moved)
+
+
+def test_a_file_may_do_without_a_number_of_rows(tmp_path):
+    """As docs/data_format.md has it, for those who write files of their own."""
+    store = PrecomputedCaptions.create(tmp_path, encoder="a test", text_dim=6, clip_text_dim=3)
+    tensors = {"clip": torch.randn(77, 3), "text": torch.randn(5, 6)}
+    crc32 = zlib.crc32(tensors["clip"].numpy().tobytes() + tensors["text"].numpy().tobytes())
+    store.path("a fox").parent.mkdir()
+    save_file(tensors, store.path("a fox"), {"text": "a fox", "crc32": f"{crc32:08x}"})
+    clip, text = store.read("a fox")
+    assert torch.equal(clip, tensors["clip"]) and torch.equal(text, tensors["text"])
 
 
 def test_a_text_that_is_not_there_is_named_with_its_file(tmp_path):
