@@ -157,10 +157,8 @@ def read_network(run_dir: Path, checkpoint: Checkpoint, which: str) -> StoryDiT:
     dit = StoryDiT.from_config(checkpoint.dit_config)
     base = read_provenance(run_dir).get("base")
     if base:
-        lora, weights = (
-            LoraSettings(base["rank"], base["alpha"]),
-            read_settings(run_dir)["model"]["base_weights"],
-        )
+        lora = LoraSettings(base["rank"], base["alpha"])
+        weights = read_settings(run_dir)["model"]["base_weights"]  # it may have moved since base was written
         log.info("%s", load_base_weights(dit, weights))
         check_base(describe_base(dit, weights, lora), base, run_dir)
         add_lora(dit, lora)
