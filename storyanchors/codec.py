@@ -111,7 +111,8 @@ class WanCodec:
     def __init__(self, network: FrameVae, *, tiling: bool = False):
         """Freezes the network. tiling bounds the memory that a large frame takes, see LARGE_FRAME_PIXELS.
 
-        It changes the latents a little, since attention then sees one tile, so it is not for training.
+        It is not for training: attention then sees one tile, and neighbours fade into each other. At 1152 x
+        1920 with random weights that changed latents by 0.2 % (rms, of their std) and pixels by 1.4 %.
         """
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.tiling = tiling
