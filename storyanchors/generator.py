@@ -66,7 +66,7 @@ class StoryGenerator:
         folder = Path(folder)
         info = read_story_model(folder)
         dit = load_story_dit(_part(folder, info, "transformer"), dtype=dtype).to(device).eval()
-        codec = load_codec(_part(folder, info, "codec")).to(device, torch.float32)
+        codec = load_codec(_part(folder, info, "codec"), tiling=True).to(device, torch.float32)
         caption_encoder = load_caption_encoder(_part(folder, info, "caption_encoder")).to(device, dtype)
         _check_parts(dit, codec, caption_encoder, folder)
         settings = {name: info[name] for name in ("num_steps", "guidance_scale", "shift")}
@@ -283,7 +283,8 @@ def save_story_model(folder: str | Path, dit: StoryDiT, codec, caption_encoder, 
     """Writes a model folder, whole or not at all: story_model.json and a folder for each of the three parts.
 
     info holds frame_size [height, width], num_steps, guidance_scale and shift, and what one wants to know
-    later: preset, stage, provenance. A part that info names as {"reference": hub id or path} is not copied.
+    later: preset, stage, provenance. A part that info names as {"reference": hub id or path} may be None: it is
+    not copied.
     """
     parts = {"transformer": dit, "codec": codec, "caption_encoder": caption_encoder}
     info = {"schema_version": SCHEMA_VERSION, **{name: name for name in parts}, **info}

@@ -98,7 +98,8 @@ RUNS = {
     "Lightning does not take these trainer settings: `Trainer(devices=0)`": ["trainer.devices=0"],
     "precision 'int4' is invalid": ["trainer.precision=int4"],
     "found no folder nowhere": ["model.codec=nowhere"],
-    "found no folder /nowhere": ["model.base_weights=/nowhere"],
+    "found no folder /nowhere": ["model.base_weights=/nowhere", "model.codec=its-own"],
+    "model.codec=pca would fit another": ["model.base_weights=/nowhere"],
     "is a file, expected a folder": ["run_dir={data}/dataset.json/run"],
     "no index at": ["data.dataset={data}/frames"],
 }
@@ -191,7 +192,8 @@ MODELS = {  # what the error says, how the folder was spoiled
     "has no place for blocks.1.": in_config(num_layers=1),
     "expected shape": in_config(num_attention_heads=2),
     "num_layers must be a whole number from 1, found 'two'": in_config(num_layers="two"),
-    "unknown keys ['qk_norm'] in a StoryDiT config": in_config(qk_norm="rms"),
+    "unknown keys ['image_dim'] in a StoryDiT config": in_config(image_dim=1280),
+    "qk_norm is 'rms', expected rms_norm_across_heads or rms_norm": in_config(qk_norm="rms"),
     "codec.safetensors is not a complete safetensors file": lambda folder: cut(folder / CODEC),
     "is no PcaCodec: it lacks 'patch'": lambda folder: (folder / "codec/config.json").write_text(
         '{"_class_name": "PcaCodec", "scale": 1.0}'

@@ -67,7 +67,7 @@ def main(config: ExportWeightsConfig) -> None:
         raise ValueError(f"{run_dir} trained the whole network, format=lora needs a run with model.lora.rank")
     if config.format != "lora" and has_lora(dit):
         merge_lora(dit)
-    cast(dit, DTYPES[config.dtype])
+    dit.cast(DTYPES[config.dtype])
     about = describe(run_dir, checkpoint, config.which)
     if config.format == "story-model":
         write_story_model(config, dit, model, settings["samples"], about)
@@ -116,16 +116,12 @@ def write_story_model(
     codec = open_codec(model, Path(config.run_dir) / CODEC)
     if not isinstance(codec, PcaCodec):
         info["codec"] = {"reference": model.codec}
-    if model.caption_encoder != WORDS:
+    caption_encoder = None  # referenced, not copied: a published one need not even be here
+    if model.caption_encoder == WORDS:
+        caption_encoder = open_caption_encoder(model)
+    else:
         info["caption_encoder"] = {"reference": model.caption_encoder}
-    save_story_model(config.out, dit, codec, open_caption_encoder(model), info=info)
-
-
-def cast(dit: StoryDiT, dtype: torch.dtype) -> None:
-    """In place; the parts whose numbers need float32 (timesteps, conditions, tables) keep it."""
-    for name, parameter in dit.named_parameters():
-        if not any(kept in name for kept in dit._keep_in_fp32_modules):
-            parameter.data = parameter.data.to(dtype)
+    save_story_model(config.out, dit, codec, caption_encoder, info=info)
 
 
 if __name__ == "__main__":

@@ -84,11 +84,11 @@ class ModelConfig:
         return replace(StoryDiTConfig.preset(self.preset), **sizes)
 
 
-def build_dit(config: ModelConfig, seed: int) -> StoryDiT:
-    """The network with weights drawn from the seed, in float32."""
+def build_dit(config: ModelConfig, seed: int, *, unfilled: bool = False) -> StoryDiT:
+    """The network in float32: weights drawn from the seed, or unfilled, to be read from somewhere."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        dit = StoryDiT(config.dit_config)
+        dit = StoryDiT.unfilled(config.dit_config) if unfilled else StoryDiT(config.dit_config)
     dit.set_activation_checkpointing(config.activation_checkpointing)
     if config.compile:
         if config.compile not in (known := torch.compiler.list_backends(())):

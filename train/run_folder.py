@@ -42,6 +42,7 @@ MAY_CHANGE_INSIDE = (
     "data.num_workers",
     "model.base_weights",
     "model.activation_checkpointing",
+    "model.caption_cache",
     "stage.steps",
 )
 
@@ -154,7 +155,7 @@ def read_network(run_dir: Path, checkpoint: Checkpoint, which: str) -> StoryDiT:
 
     ValueError where the base is no longer what the run was trained on.
     """
-    dit = StoryDiT.from_config(checkpoint.dit_config)
+    dit = StoryDiT.unfilled(StoryDiTConfig(**checkpoint.dit_config))
     base = read_provenance(run_dir).get("base")
     if base:
         lora = LoraSettings(base["rank"], base["alpha"])

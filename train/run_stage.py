@@ -179,7 +179,8 @@ def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
 def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> StoryModule:
     """The network and its frozen parts; a new run also saves those parts and where its weights come from."""
     run_dir = Path(config.run_dir)
-    dit = build_dit(config.model, config.seed)
+    is_read = not is_new or config.init_from or config.model.base_weights
+    dit = build_dit(config.model, config.seed, unfilled=bool(is_read))
     handed_over = base = None
     if config.model.lora.rank is not None:  # also when a run goes on: its checkpoints hold the LoRA alone
         log.info("%s", load_base_weights(dit, config.model.base_weights))
