@@ -283,8 +283,8 @@ def save_story_model(folder: str | Path, dit: StoryDiT, codec, caption_encoder, 
     """Writes a model folder, whole or not at all: story_model.json and a folder for each of the three parts.
 
     info holds frame_size [height, width], num_steps, guidance_scale and shift, and what one wants to know
-    later: preset, stage, provenance. A part that info names as {"reference": hub id or path} may be None: it is
-    not copied.
+    later: preset, stage, provenance. A part that info names as {"reference": hub id or path} is not copied,
+    and may be None.
     """
     parts = {"transformer": dit, "codec": codec, "caption_encoder": caption_encoder}
     info = {"schema_version": SCHEMA_VERSION, **{name: name for name in parts}, **info}
