@@ -12,6 +12,7 @@ feed-forward, and there are no outputs to compare.
 """
 
 import argparse
+import re
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from timing import Timing, describe_machine, take_turns
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from storyanchors.attention import describe_kernel
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
@@ -32,7 +34,7 @@ from storyanchors.weights import load_base_weights
 
 PEAK_FLOPS = 989e12  # dense bf16 of an H100 or H200 (data sheet); MFU is relative to it
 SMALL = StoryDiTConfig(num_attention_heads=8, attention_head_dim=64, num_layers=4, ffn_dim=2048, text_dim=512)
-SMALL_SIZES = [(8, 16, 26), (4, 16, 26), (6, 20, 20), (9, 16, 40)]
+SMALL_SIZES = [(8, 16, 26), (4, 26, 16), (6, 20, 20), (9, 16, 40)]  # landscape, portrait, square, wide
 SMALL_CLIPS = [ClipSize(*size, caption_tokens=128) for size in SMALL_SIZES]
 LARGE_SIZES = [(8, 60, 104), (12, 60, 104), (6, 78, 78), (10, 104, 60)]  # 480 x 832 pixels and others
 LARGE_CLIPS = [ClipSize(*size, caption_tokens=512) for size in LARGE_SIZES]
@@ -42,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="small", choices=["small", "wan-1.3b", "step-4b", "wan-14b"])
+    parser.add_argument("--model", default="small", choices=["small", "wan-1.3b", "step-4b"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16"], help="bfloat16 on a GPU")
     parser.add_argument("--compile", action="store_true", help="also both networks under torch.compile")
@@ -85,7 +87,9 @@ def compare_steps(
         candidates["diffusers, padded to the longest"] = partial(padded, largest)
         candidates["diffusers, padded to (F, H, W)"] = partial(padded, around_all)
     for mode in modes:
-        candidates[f"ours, packed, checkpointing {mode}"] = partial(our_step, ours, clips, mode)
+        last = f"ours, packed, checkpointing {mode}"
+        candidates[last] = partial(our_step, ours, clips, mode)
+    print(f"kernels: {', '.join(attention_kernels(candidates[last], device))}")
     if same_block:
         print(f"largest difference of the outputs: {output_difference(ours, theirs, clips):.1e}")
     timings = take_turns(candidates, rounds=rounds, warmup=warmup, device=device)
@@ -189,6 +193,15 @@ def their_forward(network: WanTransformer3DModel, clip: ClipSize, num_clips: int
 
 def backward(velocities: Sequence[Tensor]) -> None:
     sum(velocity.float().square().mean() for velocity in velocities).backward()
+
+
+def attention_kernels(step: Callable[[], object], device: torch.device) -> list[str]:
+    """What computed the attention of one step, by the profiler."""
+    activities = [ProfilerActivity.CUDA if device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        step()
+    names = {event.key for event in profiler.key_averages() if "Backward0" not in event.key}
+    return sorted(name for name in names if re.search("attention|flash|fmha|sdpa", name, re.IGNORECASE))
 
 
 def output_difference(ours: StoryDiT, theirs: WanTransformer3DModel, clips: Sequence[ClipSize]) -> float:
