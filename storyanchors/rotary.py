@@ -25,7 +25,9 @@ def normed_heads(
     The norm runs over as many numbers as its weight has: D for all heads together (Wan), K for each head
     (Step-Video). For the backward only y is kept, in its own dtype, and one factor for each norm.
     """
-    return _NormedHeads.apply(y_ND, weight.float(), rope, head_dim, eps, dtype)
+    # cast out here: torch 2.11's compiler gets the gradients of a function wrong whose last step is a cast
+    # that has nothing to do
+    return _NormedHeads.apply(y_ND, weight.float(), rope, head_dim, eps).to(dtype)
 
 
 def rotate(x_NAK: Tensor, rope: Tensor) -> Tensor:
@@ -40,17 +42,17 @@ def rotate(x_NAK: Tensor, rope: Tensor) -> Tensor:
 
 class _NormedHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_ND, weight, rope, head_dim, eps, dtype):
+    def forward(ctx, y_ND, weight, rope, head_dim, eps):
         y = y_ND.float().unflatten(-1, (-1, len(weight)))
         rstd = torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(y_ND, weight, rope, rstd)
         heads_NAK = (y * rstd * weight).view(len(y_ND), -1, head_dim)
-        return (heads_NAK if rope is None else rotate(heads_NAK, rope)).to(dtype)
+        return heads_NAK if rope is None else rotate(heads_NAK, rope)
 
     @staticmethod
     def backward(ctx, grad_NAK):
         y_ND, weight, rope, rstd = ctx.saved_tensors
-        grad_NAK = grad_NAK.float().contiguous()
+        grad_NAK = grad_NAK.contiguous()
         if rope is not None:
             grad_NAK = rotate(grad_NAK, rope * rope.new_tensor([1.0, -1.0]))  # back by the same angles
         grad = grad_NAK.reshape(len(y_ND), -1, len(weight))
@@ -58,7 +60,7 @@ class _NormedHeads(torch.autograd.Function):
         grad_weight = (grad * normed).sum((0, 1))
         grad = grad * weight
         grad_y = rstd * (grad - normed * (grad * normed).mean(-1, keepdim=True))
-        return grad_y.view(y_ND.shape).to(y_ND.dtype), grad_weight, None, None, None, None
+        return grad_y.view(y_ND.shape).to(y_ND.dtype), grad_weight, None, None, None
 
 
 @lru_cache(maxsize=256)
