@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from storyanchors.dit import CaptionEmbedding
+from storyanchors.embedders import CaptionEmbedding
 from storyanchors.weights import read_json
 
 log = logging.getLogger(__name__)

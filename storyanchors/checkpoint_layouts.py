@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from storyanchors.dit import STEP_VIDEO, StoryDiTConfig
+from storyanchors.dit_config import STEP_VIDEO, StoryDiTConfig
 
 PATCH = "patch_embedding.weight"  # (D, input channels, 1, p, p)
 TABLE = "scale_shift_table"  # (1, 6, D) of a block, (1, 2, D) of the output

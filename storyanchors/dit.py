@@ -12,7 +12,6 @@ D width, A heads, K head width.
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -23,124 +22,11 @@ from torch import Tensor, nn
 from storyanchors.activation_checkpointing import MODES, block_modes, run_block
 from storyanchors.attention import packed_attention
 from storyanchors.conditioning import ClipConditions
+from storyanchors.dit_config import StoryDiTConfig
+from storyanchors.embedders import SCALAR_CONDITIONS, CaptionEmbedding, ConditionEmbedder, StoryEmbedder
 from storyanchors.modulation import affine_norm, gated_residual, modulated_norm
 from storyanchors.packing import patchify, token_counts, unpatchify
 from storyanchors.rotary import normed_heads, rope_table
-
-SCALAR_CONDITIONS = ("fps", "frame_interval", "motion", "num_frames")
-QK_NORMS = ("rms_norm_across_heads", "rms_norm")
-
-CaptionEmbedding = Tensor | tuple[Tensor, Tensor]  # (L, text_dim), or (CLIP rows, LLM rows) for Step-Video
-
-
-@dataclass(frozen=True)
-class StoryDiTConfig:
-    """Sizes and switches of a StoryDiT, with Wan 2.1's values as defaults.
-
-    Names are those of diffusers' WanTransformer3DModel where they mean the same.
-    """
-
-    num_attention_heads: int
-    attention_head_dim: int
-    num_layers: int
-    ffn_dim: int
-    text_dim: int
-    latent_channels: int = 16
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    freq_dim: int = 256
-    eps: float = 1e-6  # of the output norm and the norms of queries and keys
-    norm_eps: float = 1e-6  # of the norms at the head of a block's three parts
-    norm_affine: bool = False  # whether the norms before self-attention and feed-forward have weights
-    cross_attn_norm: bool = True  # whether there is one, with weights, before cross-attention
-    qk_norm: str = "rms_norm_across_heads"  # or rms_norm: of every head alone
-    linear_bias: bool = True  # of the linears in attention and feed-forward
-    rope_axes_dim: tuple[int, int, int] | None = None  # time, height, width of a head; None = Wan's split
-    text_norm: bool = False  # LayerNorm without weights on the caption embedding
-    clip_text_dim: int | None = None  # width of a second caption embedding, which goes first
-    # The base model's time runs from noise (0) to data, its velocity is data - noise. Callers never see it.
-    reversed_flow: bool = False
-    resolution_divisor: int = 1  # pixels for one unit of the resolution embedder
-    # Adds a learned code of each frame's number to its tokens. RoPE is relative and cross-attention has no
-    # positions, so without it a frame can tell its number, which the prompt speaks of, only from its distance
-    # to the clip's ends. For networks trained from scratch: unlike the other new parts it starts at random.
-    frame_number_embedding: bool = False
-
-    def __post_init__(self):
-        for name in ("patch_size", "rope_axes_dim"):
-            if (size := getattr(self, name)) is not None:
-                object.__setattr__(self, name, tuple(size))  # a list when read from JSON
-        for name in ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "text_dim"):
-            if not (isinstance(size := getattr(self, name), int) and size >= 1):
-                raise ValueError(f"{name} must be a whole number from 1, found {size!r}")
-        if self.patch_size[0] != 1 or self.patch_size[1] != self.patch_size[2]:
-            raise ValueError(
-                f"patch_size must be (1, p, p): story frames are never merged, found {self.patch_size}"
-            )
-        if self.attention_head_dim % 2 or self.attention_head_dim < 12:
-            raise ValueError(
-                f"attention_head_dim must be even and at least 12, found {self.attention_head_dim}"
-            )
-        axes = self.rope_axes
-        if sum(axes) != self.attention_head_dim or any(dim < 2 or dim % 2 for dim in axes):
-            raise ValueError(
-                f"rope_axes_dim must be three even sizes that sum to {self.attention_head_dim}, found {axes}"
-            )
-        if self.qk_norm not in QK_NORMS:
-            raise ValueError(f"qk_norm is {self.qk_norm!r}, expected {' or '.join(QK_NORMS)}")
-
-    @property
-    def hidden_dim(self) -> int:
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def in_channels(self) -> int:
-        return 2 * self.latent_channels + 1
-
-    @property
-    def rope_axes(self) -> tuple[int, int, int]:
-        """How a head is shared by the rotations of time, height and width; Wan: 44/42/42 of 128."""
-        if self.rope_axes_dim is not None:
-            return self.rope_axes_dim
-        spatial_dim = 2 * (self.attention_head_dim // 6)
-        return (self.attention_head_dim - 2 * spatial_dim, spatial_dim, spatial_dim)
-
-    @classmethod
-    def preset(cls, name: str) -> "StoryDiTConfig":
-        """A named size.
-
-        tiny: for a CPU. wan-1.3b, wan-14b: Wan 2.1 T2V (wan/configs of Wan-Video/Wan2.1). step-30b:
-        Step-Video-T2V and -TI2V with their own 64-channel codec. step-4b: the paper's base, whose config was
-        never released: Step-Video's block at a width and depth that give 4 billion parameters, for WanVAE.
-        """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}, expected one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name])
-
-
-STEP_VIDEO = dict(
-    text_dim=6144, clip_text_dim=1024, text_norm=True, norm_eps=1e-5, norm_affine=True,
-    cross_attn_norm=False, qk_norm="rms_norm", linear_bias=False, rope_axes_dim=(64, 32, 32),
-    reversed_flow=True, resolution_divisor=16,
-)  # fmt: skip
-PRESETS = {
-    "tiny": dict(
-        num_attention_heads=3, attention_head_dim=64, num_layers=6, ffn_dim=768, text_dim=192,
-        frame_number_embedding=True,
-    ),
-    "wan-1.3b": dict(
-        num_attention_heads=12, attention_head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096,
-    ),
-    "wan-14b": dict(
-        num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096,
-    ),
-    "step-4b": dict(
-        num_attention_heads=24, attention_head_dim=128, num_layers=26, ffn_dim=12288, **STEP_VIDEO,
-    ),
-    "step-30b": dict(
-        num_attention_heads=48, attention_head_dim=128, num_layers=48, ffn_dim=24576, **STEP_VIDEO,
-        latent_channels=64, patch_size=(1, 1, 1),
-    ),
-}  # fmt: skip
 
 
 class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -382,118 +268,6 @@ class GeluProjection(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         return F.gelu(self.proj(x_ND), approximate="tanh")
-
-
-class ConditionEmbedder(nn.Module):
-    """Timestep and caption embeddings, under the names of Wan's checkpoints."""
-
-    def __init__(self, config: StoryDiTConfig):
-        super().__init__()
-        D = config.hidden_dim
-        self.eps, self.text_norm = config.eps, config.text_norm
-        self.time_embedder = SinusoidMlp(config.freq_dim, D)
-        self.time_proj = Float32Linear(D, 6 * D)
-        self.text_embedder = TextProjection(config.text_dim, D)
-        self.clip_embedder = nn.Linear(config.clip_text_dim, D) if config.clip_text_dim else None
-
-    def embed_captions(
-        self, captions: Sequence[CaptionEmbedding], dtype: torch.dtype
-    ) -> tuple[Tensor, list[int]]:
-        """All captions in one (L, D), and the rows of each; a pair's CLIP rows go before its LLM rows."""
-        if self.clip_embedder is None:
-            lengths = [len(caption) for caption in captions]
-            return self._embed_text(torch.cat([caption.to(dtype) for caption in captions])), lengths
-        clip, text = (torch.cat([part.to(dtype) for part in parts]) for parts in zip(*captions, strict=True))
-        clip_lengths, text_lengths = ([len(part) for part in parts] for parts in zip(*captions, strict=True))
-        clip_rows = self.clip_embedder(clip).split(clip_lengths)
-        text_rows = self._embed_text(text).split(text_lengths)
-        rows = [row for pair in zip(clip_rows, text_rows, strict=True) for row in pair]
-        return torch.cat(rows), [a + b for a, b in zip(clip_lengths, text_lengths, strict=True)]
-
-    def _embed_text(self, text_LT: Tensor) -> Tensor:
-        if self.text_norm:
-            text_LT = F.layer_norm(text_LT.float(), text_LT.shape[-1:], eps=self.eps).to(text_LT.dtype)
-        return self.text_embedder(text_LT)
-
-
-class TextProjection(nn.Module):
-    def __init__(self, text_dim: int, dim: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(text_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, caption_LT: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(caption_LT), approximate="tanh"))
-
-
-class StoryEmbedder(nn.Module):
-    """The clip conditions that the paper adds to the timestep embedding, and the optional frame numbers.
-
-    One embedder per scalar; height and width share one of half the width and are concatenated. An unknown
-    condition is its null vector, never the embedding of 0. Last layers and null vectors start at zero.
-    """
-
-    def __init__(self, config: StoryDiTConfig):
-        super().__init__()
-        D, freq_dim = config.hidden_dim, config.freq_dim
-        self.resolution_divisor = config.resolution_divisor
-        for name in SCALAR_CONDITIONS:
-            setattr(self, name, SinusoidMlp(freq_dim, D))
-        self.resolution = SinusoidMlp(freq_dim, D // 2)
-        names = (*SCALAR_CONDITIONS, "resolution")
-        self.null = nn.ParameterDict({name: nn.Parameter(torch.zeros(D)) for name in names})
-        self.frame_number = SinusoidMlp(freq_dim, D) if config.frame_number_embedding else None
-
-    def forward(self, conditions: Sequence[ClipConditions], device: torch.device) -> Tensor:
-        """Sum of the five embeddings (B, D), float32."""
-        total = 0
-        for name in SCALAR_CONDITIONS:
-            values = [getattr(condition, name) for condition in conditions]
-            total = total + self._embed_known(name, values, 0.0, lambda known, embed: embed(known), device)
-        unit = self.resolution_divisor
-        sizes = [None if c.height is None else (c.height / unit, c.width / unit) for c in conditions]
-        both = lambda known, embed: embed(known.flatten()).unflatten(0, (-1, 2)).flatten(1)  # noqa: E731
-        return total + self._embed_known("resolution", sizes, (0.0, 0.0), both, device)
-
-    def _embed_known(self, name: str, values: list, unused, embed, device: torch.device) -> Tensor:
-        known = torch.tensor([value is not None for value in values], device=device)
-        filled = [unused if value is None else value for value in values]
-        values_B = torch.tensor(filled, dtype=torch.float32, device=device)
-        # both are computed whatever is known, so that every rank has a gradient for every parameter
-        return torch.where(known[:, None], embed(values_B, getattr(self, name)), self.null[name].float())
-
-    def add_frame_numbers(self, x_ND: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-        if self.frame_number is None:
-            return x_ND
-        most = max(frames for frames, _, _ in grids)
-        numbers = torch.arange(1, most + 1, dtype=torch.float32, device=x_ND.device)
-        code = self.frame_number(numbers).to(x_ND.dtype)
-        expanded = [code[:frames].repeat_interleave(h * w, dim=0) for frames, h, w in grids]
-        return x_ND + torch.cat(expanded)
-
-
-class SinusoidMlp(nn.Module):
-    """Sinusoid of a number -> Linear -> SiLU -> Linear (diffusers' TimestepEmbedding), all in float32."""
-
-    def __init__(self, freq_dim: int, dim: int):
-        super().__init__()
-        self.freq_dim = freq_dim
-        self.linear_1 = Float32Linear(freq_dim, dim)
-        self.linear_2 = Float32Linear(dim, dim)
-
-    def forward(self, values_B: Tensor) -> Tensor:
-        half = self.freq_dim // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=values_B.device) / half
-        angles = values_B.float()[:, None] * torch.exp(-math.log(10000.0) * exponents)
-        return self.linear_2(F.silu(self.linear_1(torch.cat([angles.cos(), angles.sin()], dim=-1))))
-
-
-class Float32Linear(nn.Linear):
-    """Computes in float32 whatever autocast and the weights' dtype are: timesteps mean nothing in bf16."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from storyanchors.dit import SCALAR_CONDITIONS, StoryDiTConfig
+from storyanchors.dit_config import StoryDiTConfig
+from storyanchors.embedders import SCALAR_CONDITIONS
 
 
 class ClipSize(NamedTuple):

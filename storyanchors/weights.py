@@ -34,7 +34,8 @@ from storyanchors.checkpoint_layouts import (
     stored_shape,
     take,
 )
-from storyanchors.dit import PRESETS, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit_config import PRESETS
 
 NEW_PARTS = "story_embedder."  # with the patch embedding's extra columns, all that base models may not have
 BUNDLE_PREFIX = "model.diffusion_model."  # of the transformer in a file that may hold other parts as well

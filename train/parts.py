@@ -12,7 +12,8 @@ from storyanchors.caption_cache import CachedCaptions, PrecomputedCaptions
 from storyanchors.caption_encoder import WORDS, load_caption_encoder
 from storyanchors.clip import frames_to_tensor
 from storyanchors.codec import PcaCodec, load_codec
-from storyanchors.dit import CaptionEmbedding, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.embedders import CaptionEmbedding
 from storyanchors.lora import LoraSettings
 from storyanchors.output_folder import output_folder
 from train.clip_index import ClipIndex

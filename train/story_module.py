@@ -12,7 +12,8 @@ from torch import Tensor
 from storyanchors.caption_cache import embedding_to
 from storyanchors.caption_encoder import fit_caption
 from storyanchors.conditioning import stack_condition_channels
-from storyanchors.dit import CaptionEmbedding, StoryDiT
+from storyanchors.dit import StoryDiT
+from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flow import add_noise, flow_loss, velocity
 from train.checkpoints import Checkpoint, load_trained_weights
 from train.ema import Ema, EmaConfig

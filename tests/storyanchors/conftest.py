@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 
-from storyanchors.dit import StoryDiTConfig
+from storyanchors.dit_config import StoryDiTConfig
 
 # 2 heads of 32: a width that 6 does not divide, so that the uneven RoPE split (12/10/10) is tested as well
 SIZES = dict(num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=96, text_dim=24)

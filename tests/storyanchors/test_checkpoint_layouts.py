@@ -13,7 +13,7 @@ from storyanchors.checkpoint_layouts import (
     story_columns,
     take,
 )
-from storyanchors.dit import STEP_VIDEO, StoryDiTConfig
+from storyanchors.dit_config import STEP_VIDEO, StoryDiTConfig
 
 CONFIG = StoryDiTConfig(
     **(STEP_VIDEO | dict(text_dim=8, clip_text_dim=None, rope_axes_dim=(8, 4, 4))),

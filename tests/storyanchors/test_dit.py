@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
-from storyanchors.dit import SCALAR_CONDITIONS, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.embedders import SCALAR_CONDITIONS
 
 CONFIG = StoryDiTConfig(
     num_attention_heads=2,

@@ -8,7 +8,8 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
-from storyanchors.dit import PRESETS, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit_config import PRESETS
 from storyanchors.weights import load_base_weights
 
 TOLERANCE = dict(atol=1e-5, rtol=1e-4)

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from storyanchors.dit import PRESETS, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit_config import PRESETS
 from storyanchors.flops import ClipSize, model_flops
 
 SIZES = dict(

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from storyanchors.conditioning import ClipConditions, stack_condition_channels
-from storyanchors.dit import STEP_VIDEO, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit_config import STEP_VIDEO
 from storyanchors.weights import load_base_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"

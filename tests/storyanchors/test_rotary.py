@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from storyanchors.dit import StoryDiTConfig
+from storyanchors.dit_config import StoryDiTConfig
 from storyanchors.packing import token_counts
 from storyanchors.rotary import normed_heads, rope_table, rotate
 

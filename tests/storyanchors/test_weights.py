@@ -12,7 +12,8 @@ from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storyanchors.dit import STEP_VIDEO, StoryDiT, StoryDiTConfig
+from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.dit_config import STEP_VIDEO
 from storyanchors.weights import load_base_weights, part_folder, read_tensors
 
 PATCH = "patch_embedding.weight"

@@ -8,7 +8,7 @@ import torch
 
 import conf
 from conf.command import read_config
-from storyanchors.dit import PRESETS, StoryDiTConfig
+from storyanchors.dit_config import PRESETS, StoryDiTConfig
 from train.parts import build_dit
 from train.run_stage import RunStageConfig
 
