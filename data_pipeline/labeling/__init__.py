@@ -1,0 +1,1 @@
+"""Labels for story frames from a vision-language model: what is asked, what is checked, and what is kept."""
