@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from storyanchors.vlm import VlmRequest, VlmUsage
 from storyanchors.vlm.question import schema_json
@@ -54,14 +55,23 @@ class LedgerLine:
             raise ValueError(f"no ledger line: {error!r}") from error
 
 
+class Sent(NamedTuple):
+    """A request on its way."""
+
+    key: str
+    attempt: int
+    request: str
+    usd: float  # at most
+
+
 @dataclass
 class Money:
-    """What ledgers say was spent; `in_doubt` are requests without a reply, at what they could cost."""
+    """What ledgers say was spent. In doubt are requests without a reply, at what they could cost."""
 
     num_requests: int = 0
     usage: VlmUsage = field(default_factory=VlmUsage)
     usd: float = 0.0
-    in_doubt: int = 0
+    in_doubt: list[str] = field(default_factory=list)  # their names
     in_doubt_usd: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
 
@@ -98,13 +108,22 @@ def read_lines(path: Path) -> Iterator[LedgerLine]:
             raise ValueError(f"{path}, line {number}: {error}") from error
 
 
+def read_sent(path: Path) -> Iterator[Sent]:
+    """The lines of one .sent file."""
+    for number, line in enumerate(_whole_lines(path), start=1):
+        try:
+            yield Sent(*json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: no request that was sent: {error!r}") from error
+
+
 def count_money(folder: Path, stage: str, shards: Iterable[str] | None = None) -> Money:
     """All that the ledgers of a stage (of these shards) say, read as a stream."""
     money, wanted = Money(), None if shards is None else set(shards)
     for path in sorted((folder / LEDGER_FOLDER / stage).glob("*.sent")):
         if wanted is not None and path.name.split(".")[0] not in wanted:
             continue
-        sent = dict(_read_sent(path))
+        sent = {(one.key, one.attempt): one for one in read_sent(path)}
         if (replies := path.with_suffix(".jsonl")).exists():
             for line in read_lines(replies):
                 sent.pop((line.key, line.attempt), None)
@@ -112,8 +131,8 @@ def count_money(folder: Path, stage: str, shards: Iterable[str] | None = None) -
                 money.usage += line.usage
                 money.usd += line.usd
                 money.statuses[line.status] += 1
-        money.in_doubt += len(sent)
-        money.in_doubt_usd += sum(sent.values())
+        money.in_doubt += [one.request for one in sent.values()]
+        money.in_doubt_usd += sum(one.usd for one in sent.values())
     return money
 
 
@@ -129,7 +148,7 @@ class ShardLedger:
         self._files: tuple[int, int] | None = None  # opened with the first request
         self._unsynced = False
         for path in sorted(self.path.parent.glob(f"{shard}.*.sent")):
-            self._attempts.update(key for (key, _), _ in _read_sent(path))
+            self._attempts.update(sent.key for sent in read_sent(path))
         for path in ledger_files(folder, stage, shard):
             for line in read_lines(path):
                 self._learn(line)
@@ -142,13 +161,13 @@ class ShardLedger:
         """Replies that were no answer: transient and fatal ones, over all writers."""
         return self._failures[key]
 
-    def begin(self, key: str, usd: float) -> int:
-        """Says that a request is being sent that costs at most usd; its attempt number."""
+    def begin(self, key: str, request: str, usd: float) -> int:
+        """Says that a request of this name is being sent that costs at most usd; its attempt number."""
         if self._files is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._files = tuple(map(_create, (self.path.with_suffix(".sent"), self.path)))
         self._attempts[key] += 1
-        _append(self._files[0], (json.dumps([key, self._attempts[key], usd]) + "\n").encode())
+        _append(self._files[0], (json.dumps([key, self._attempts[key], request, usd]) + "\n").encode())
         return self._attempts[key]
 
     def end(self, line: LedgerLine) -> None:
@@ -198,12 +217,3 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
         for line in file:
             if line.endswith(b"\n") and not line.startswith(b"\0"):
                 yield line
-
-
-def _read_sent(path: Path) -> Iterator[tuple[tuple[str, int], float]]:
-    for number, line in enumerate(_whole_lines(path), start=1):
-        try:
-            key, attempt, usd = json.loads(line)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: no request that was sent: {error!r}") from error
-        yield (key, attempt), usd

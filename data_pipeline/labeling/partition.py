@@ -33,6 +33,7 @@ class StageRecord:
     identity: str  # of the model
     fallback: list[str]  # identities of the models that are asked where it refuses
     prompts: dict[str, str]  # id -> text
+    asked_with: dict[str, object]  # the stage's own settings
     prices: list[dict[str, object]]  # of all these models, with their dates
     settings: dict[str, object]  # how fast, how much at most
 
@@ -148,24 +149,27 @@ def _merged(begun: dict | None, record: StageRecord, path: Path, stage: str) -> 
     """What was begun, with models to fall back on and prices that are new; settings are the latest."""
     if begun is None:
         return dict(vars(record))
-    for name in ("identity", "prompts"):
-        if begun[name] != getattr(record, name):
-            raise ValueError(
-                f"{path}: {stage} was begun with another {_difference(name, begun[name], record)}: "
-                "use the same, or choose another run"
-            )
+    if begun["identity"] != record.identity:
+        raise ValueError(
+            f"{path}: {stage} was begun with the model {begun['identity']!r}, found {record.identity!r}: "
+            "use the same, or choose another run"
+        )
+    for kind, new in (("prompt", record.prompts), ("setting", record.asked_with)):
+        old = begun["prompts" if kind == "prompt" else "asked_with"]
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                raise ValueError(
+                    f"{path}: {stage} was begun with another {kind} {name}, {_shortened(old.get(name))}, "
+                    f"found {_shortened(new.get(name))}: use the same, or choose another run"
+                )
     fallback = begun["fallback"] + [name for name in record.fallback if name not in begun["fallback"]]
     prices = begun["prices"] + [price for price in record.prices if price not in begun["prices"]]
     return dict(vars(record)) | {"fallback": fallback, "prices": prices}
 
 
-def _difference(name: str, begun: str | dict, record: StageRecord) -> str:
-    if name == "identity":
-        return f"model, {begun!r}, now {record.identity!r}"
-    ids = sorted(set(begun) ^ set(record.prompts)) or sorted(
-        key for key in begun if begun[key] != record.prompts[key]
-    )
-    return f"prompt, {ids[0]!r} is not the same"
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check_captions(dataset: Path, run: str) -> None:

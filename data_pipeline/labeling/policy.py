@@ -132,7 +132,7 @@ class Policy:
         self._rng, self._clock = rng or random.Random(), clock or Clock()
         self._ended, self._settled = asyncio.Event(), asyncio.Event()
         self._gate = asyncio.Lock()  # who waits for rates and money waits in line
-        self._not_before = self._last_halving = self._clock.now()
+        self._not_before, self._num_halvings = self._clock.now(), 0
         self._problems: deque[str] = deque(maxlen=FAILURE_WINDOW)
         now = self._clock.now()
         minute, ten = 60.0, 600.0
@@ -162,7 +162,7 @@ class Policy:
         try:
             async with self._gate:
                 await self._wait_for_turn(usage, usd)
-                self.reserved.add(reservation := Reservation(self, usage, usd, self._clock.now()))
+                self.reserved.add(reservation := Reservation(self, usage, usd, self._num_halvings))
             try:
                 yield reservation
             finally:
@@ -188,8 +188,8 @@ class Policy:
                 )
             )
 
-    def heed(self, reply: VlmReply, sent: float) -> None:
-        """What a reply says about the requests after it."""
+    def heed(self, reply: VlmReply, num_halvings: int) -> None:
+        """What a reply says about the requests after it; its own was sent after so many halvings."""
         now = self._clock.now()
         if reply.status == "fatal" and reply.finish == DENIED:
             self.end(ValueError(f"no request can succeed: {reply.detail}"))
@@ -197,9 +197,9 @@ class Policy:
             self.end(Stopped(f"the quota of the day is used up ({reply.quota}): start again tomorrow"))
         elif reply.status == "transient" and (reply.retry_after_s is not None or "429" in reply.finish):
             self._not_before = max(self._not_before, now + (reply.retry_after_s or 0.0))
-            if sent >= self._last_halving:  # replies to what was sent before a halving do not halve again
+            if num_halvings == self._num_halvings:  # what was sent before a halving does not halve again
                 self.concurrency.slow_down()
-                self._last_halving = now
+                self._num_halvings += 1
         elif reply.status != "transient":
             self.concurrency.speed_up()
 
@@ -263,14 +263,14 @@ class Policy:
 class Reservation:
     """The money and the tokens of one request in flight."""
 
-    def __init__(self, policy: Policy, usage: VlmUsage, usd: float, sent: float):
-        self.usage, self.usd, self._sent = usage, usd, sent
+    def __init__(self, policy: Policy, usage: VlmUsage, usd: float, num_halvings: int):
+        self.usage, self.usd, self._num_halvings = usage, usd, num_halvings
         self._policy: Policy | None = policy
 
     def settle(self, reply: VlmReply, usd: float) -> None:
         policy, self._policy = self._policy, None
         policy._settle(self, reply.usage, usd)
-        policy.heed(reply, self._sent)
+        policy.heed(reply, self._num_halvings)
 
     def close(self) -> None:
         if self._policy is not None:

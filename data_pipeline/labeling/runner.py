@@ -129,7 +129,8 @@ class Stage(Protocol):
     """
 
     name: str  # global | events | story
-    prompts: dict[str, str]  # id -> text; they enter run.json
+    prompts: dict[str, str]  # id -> text; their ids enter the keys of requests
+    settings: dict[str, object]  # JSON values: what else decides its questions
 
     async def label(self, clip: LabelClip, ask: Ask) -> dict: ...
 
@@ -144,7 +145,7 @@ def run_stage(
     """Labels all clips of this task that have no line yet, shard by shard.
 
     With only_ledger nothing is sent: shards that are settled are labelled again from the answers that are
-    there, with today's checks, and replaced; a question without an answer is the finding not_asked.
+    there, with today's checks, and replaced; a clip of which an answer is missing keeps the line that it has.
     `script` answers for vlm=scripted in place of the one that the config names.
     Stopped where a signal, max_usd, a daily quota or servers that do not answer end the run early; ValueError
     for a dataset, a run or a model that does not fit, and where too many questions fail.
@@ -347,7 +348,7 @@ class _Asking:
             if len(failures) >= MAX_FAILURES:
                 return failures[-1]
             async with policy.sending(most, vlm.usd(most)) as reservation:
-                attempt = self.ledger.begin(key, reservation.usd)
+                attempt = self.ledger.begin(key, request.name, reservation.usd)
                 started, before = time.time(), time.perf_counter()
                 reply = await vlm.ask(request)
                 line = LedgerLine(
@@ -487,9 +488,11 @@ async def _resettle(dataset: Path, run: str, stage: Stage, identities: list[str]
     ):
         ledger = ShardLedger(labels_folder(dataset, run), stage.name, shard, "none")  # nothing is written
         ask = ask_ledger(ledger, stage.name, stage.prompts, identities)
-        lines = {
-            clip.key: await stage.label(clip, ask) for clip in clips_of_shard(dataset, run, stage.name, shard)
-        }
+        before = {line.pop("key"): line for line in label_lines(dataset, run, stage.name, shard)}
+        lines = {}
+        for clip in clips_of_shard(dataset, run, stage.name, shard):
+            line = await stage.label(clip, ask)
+            lines[clip.key] = before[clip.key] if _was_not_asked(line) else line
         write_shard(dataset, run, stage.name, shard, lines)
 
 
@@ -539,6 +542,7 @@ def _record(config: LabelingConfig, stage: Stage, vlms: list[Vlm]) -> StageRecor
         identity=vlms[0].identity,
         fallback=[vlm.identity for vlm in vlms[1:]],
         prompts=stage.prompts | {REPAIR_ID: REPAIR_PROMPT},
+        asked_with=stage.settings,
         prices=[
             {
                 "model": one.model,
@@ -597,6 +601,10 @@ def _check_earlier(dataset: Path, run: str, stage: str, shards: list[str]) -> No
             f"{len(unsettled)} shards have no {before} labels in run {run!r}, first {unsettled[0]}: "
             f"label {before} first"
         )
+
+
+def _was_not_asked(line: dict) -> bool:
+    return any(finding["code"] == "not_asked" for finding in line["findings"])
 
 
 def _broken_line(error: Exception, settled: list[Settled]) -> dict:

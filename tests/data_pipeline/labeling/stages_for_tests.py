@@ -5,6 +5,7 @@ import io
 import json
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 from PIL import Image
 from pydantic import BaseModel, Field
@@ -18,23 +19,23 @@ from storyanchors.vlm import VlmRequest
 
 
 def write_dataset(
-    folder: Path, *, num_shards: int = 3, clips_per_shard: int = 4, num_frames: int = 2
+    folder: Path, *, num_shards: int = 3, clips_per_shard: int = 4, num_frames: int = 2, same: bool = False
 ) -> Path:
-    """Every frame is an image of its own."""
+    """Every frame is an image of its own, or all clips have the same ones."""
     record = DatasetRecord("tests", {"num_shards": num_shards}, tool_versions())
     with writing(folder, record):
         for shard in range(num_shards):
             with ShardWriter(folder / FRAMES_FOLDER, f"{shard:06d}") as writer:
                 for number in range(clips_per_shard):
                     key = f"clip-{shard:03d}-{number:05d}"
-                    writer.add(key, clip_members(key, num_frames))
+                    writer.add(key, clip_members(key, num_frames, "" if same else key))
                 writer.finish()
         finish(folder, record, {"shards": num_shards, "clips": num_shards * clips_per_shard})
     return folder
 
 
-def clip_members(key: str, num_frames: int) -> dict[str, bytes]:
-    jpegs = [_jpeg(f"{key} {number}") for number in range(num_frames)]
+def clip_members(key: str, num_frames: int, shown: str) -> dict[str, bytes]:
+    jpegs = [_jpeg(f"{shown} {number}") for number in range(num_frames)]
     info = ClipInfo(
         key=key,
         source="tests",
@@ -76,6 +77,7 @@ class Captions:
     """One question about all frames of a clip."""
 
     name = "global"
+    settings: ClassVar[dict[str, object]] = {"side_px": 16}
 
     def __init__(self, prompt: str = "What is shown?"):
         self.prompts = {"caption-v1": prompt}
