@@ -291,12 +291,8 @@ def _with_pool_boundaries(
             detail = f"{where} names annotations that were not given: {_short(', '.join(unknown))}"
             findings.append(Finding("unknown_event_id", WARNING, detail))
         if not ids:
-            ids = [
-                one.id
-                for one in pool
-                if event.first_frame <= one.first_frame and one.last_frame <= event.last_frame
-            ]
-            detail = f"{where} names no annotation; those inside its frames were taken"
+            ids = _ids_of_frames(event.first_frame, event.last_frame, pool)
+            detail = f"{where} names no annotation; that of its frames was taken"
             findings.append(Finding("event_ids_missing", WARNING, detail))
         first, last = event.first_frame, event.last_frame
         if first not in starts or last not in ends:
@@ -309,6 +305,14 @@ def _with_pool_boundaries(
             findings.append(Finding("boundary_not_in_pool", WARNING if ids else ERROR, detail))
         repaired.append(_changed(event, first_frame=first, last_frame=last, event_ids=ids))
     return repaired, findings
+
+
+def _ids_of_frames(first: int, last: int, pool: list[PoolEvent]) -> list[str]:
+    """The pool's events inside these frames, else the one that shares most frames with them, else none."""
+    shared = {one.id: min(last, one.last_frame) - max(first, one.first_frame) + 1 for one in pool}
+    inside = [one.id for one in pool if first <= one.first_frame and one.last_frame <= last]
+    most = max(shared, key=lambda id: shared[id])
+    return inside or [most] * (shared[most] > 0)
 
 
 def _pool_findings(events: list[StoryEventAnswer], pool: list[PoolEvent]) -> list[Finding]:
