@@ -74,6 +74,8 @@ class Money:
     in_doubt: list[str] = field(default_factory=list)  # their names
     in_doubt_usd: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
+    latest: float = 0.0  # when the last reply came, in seconds since 1970
+    num_recent: int = 0  # requests answered since the time that was asked for
 
 
 def request_key(stage: str, prompt_ids: Iterable[str], identity: str, request: VlmRequest) -> str:
@@ -117,7 +119,9 @@ def read_sent(path: Path) -> Iterator[Sent]:
             raise ValueError(f"{path}, line {number}: no request that was sent: {error!r}") from error
 
 
-def count_money(folder: Path, stage: str, shards: Iterable[str] | None = None) -> Money:
+def count_money(
+    folder: Path, stage: str, shards: Iterable[str] | None = None, *, since: float = 0.0
+) -> Money:
     """All that the ledgers of a stage (of these shards) say, read as a stream."""
     money, wanted = Money(), None if shards is None else set(shards)
     for path in sorted((folder / LEDGER_FOLDER / stage).glob("*.sent")):
@@ -131,6 +135,8 @@ def count_money(folder: Path, stage: str, shards: Iterable[str] | None = None) -
                 money.usage += line.usage
                 money.usd += line.usd
                 money.statuses[line.status] += 1
+                money.latest = max(money.latest, line.started + line.seconds)
+                money.num_recent += line.status in ANSWERED and line.started + line.seconds >= since
         money.in_doubt += [one.request for one in sent.values()]
         money.in_doubt_usd += sum(one.usd for one in sent.values())
     return money

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.captions import caption_runs, read_run_maker, run_folder
-from data_pipeline.dataset import write_atomically
+from data_pipeline.dataset import FRAMES_FOLDER, write_atomically
+from data_pipeline.shard_reader import finished_shards
 
 SCHEMA_VERSION = 1
 LABELS_FOLDER = "labels"
@@ -65,10 +66,6 @@ def shards_of_task(shards: list[str], task: int, num_tasks: int) -> list[str]:
     return [shard for shard in shards if _number(shard) % num_tasks == task]
 
 
-def task_of_shard(shard: str, num_tasks: int) -> int:
-    return _number(shard) % num_tasks
-
-
 def label_lines(dataset: Path, run: str, stage: str, shard: str) -> list[dict]:
     """The settled clips of a shard, in key order; empty where the stage has not settled the shard."""
     path = labels_folder(dataset, run) / stage / f"{shard}.jsonl"
@@ -82,6 +79,24 @@ def label_lines(dataset: Path, run: str, stage: str, shard: str) -> list[dict]:
 
 def settled_shards(dataset: Path, run: str, stage: str) -> set[str]:
     return {path.stem for path in (labels_folder(dataset, run) / stage).glob("*.jsonl")}
+
+
+def missing_tasks(dataset: Path, run: str, stage: str) -> list[int]:
+    """The tasks that own a shard that the stage has not settled."""
+    num_tasks = read_run(dataset, run)["num_tasks"]
+    missing = set(finished_shards(dataset / FRAMES_FOLDER)) - settled_shards(dataset, run, stage)
+    return sorted({_number(shard) % num_tasks for shard in missing})
+
+
+def task_ranges(tasks: list[int]) -> str:
+    """Ascending numbers as a Slurm array writes them: [0, 2, 3, 4] -> "0,2-4"."""
+    ranges: list[list[int]] = []
+    for task in tasks:
+        if ranges and task == ranges[-1][1] + 1:
+            ranges[-1][1] = task
+        else:
+            ranges.append([task, task])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
 def begin_stage(dataset: Path, run: str, stage: str, record: StageRecord, num_tasks: int | None) -> int:
