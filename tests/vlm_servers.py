@@ -27,6 +27,7 @@ UNPAID = (
     "rate_limit_per_day",
     "server_error",
     "html",
+    "garbage",
     "hang",
     "drop",
     "drop_midway",
@@ -164,6 +165,8 @@ class VlmServer:
         return None
 
     def _error(self, fault: str, headers: dict[str, str]) -> tuple[int, bytes, dict]:
+        if fault == "garbage":
+            return 200, b"<html>Your session has expired.</html>", {"Content-Type": "text/html"}
         if fault == "redirect":
             return 307, b"", {"Location": f"{self.url}/elsewhere"}
         if fault == "html":

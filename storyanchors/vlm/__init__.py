@@ -39,4 +39,15 @@ def open_vlm(config: VlmConfig, *, script: Callable[[VlmRequest], str] | None = 
         return ScriptedVlm(config, script)
     if config.backend == "replay":
         return ReplayVlm(config)
-    raise ValueError(f"vlm.backend is {config.backend!r}")
+    if config.backend == "openai":
+        from storyanchors.vlm.openai import OpenAIVlm
+
+        return OpenAIVlm(config)
+    if config.backend == "gemini":
+        try:
+            from storyanchors.vlm.gemini import GeminiVlm
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                "vlm.backend=gemini needs google-genai, which is not installed: pip install -e '.[gemini]'"
+            ) from error
+        return GeminiVlm(config)

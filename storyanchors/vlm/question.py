@@ -120,6 +120,14 @@ def failed(
     return VlmReply(status, None, "", VlmUsage(), finish, "", one_line(detail), retry_after_s, quota)
 
 
+def too_many_images(request: VlmRequest, max_images: int) -> VlmReply | None:
+    """The reply to a request that the model would not take, so that it need not be sent."""
+    num_images = sum(isinstance(part, bytes) for part in request.parts)
+    if num_images <= max_images:
+        return None
+    return failed("fatal", "images", f"found {num_images} images, at most {max_images} (vlm.max_images)")
+
+
 def estimate_usage(request: VlmRequest, *, image_tokens: int, max_tokens: int) -> VlmUsage:
     num_bytes = sum(len(part.encode()) for part in request.parts if isinstance(part, str))
     num_bytes += len(schema_json(request.answer))
@@ -132,6 +140,11 @@ def estimate_usage(request: VlmRequest, *, image_tokens: int, max_tokens: int) -
 def schema_json(schema: type[BaseModel]) -> str:
     """The answer's JSON schema, one text for one schema."""
     return json.dumps(schema.model_json_schema(), sort_keys=True)
+
+
+def schema_words(schema: type[BaseModel]) -> str:
+    """The schema for a model whose server cannot be told it."""
+    return f"Answer with one JSON object and nothing else. Its JSON schema: {schema_json(schema)}"
 
 
 def one_line(text: str) -> str:
