@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from conf.command import run
 from data_pipeline.labeling.partition import STAGES, label_lines, read_run, settled_shards
 from data_pipeline.labeling.runner import Ask, LabelClip, LabelingConfig, Stage, run_stage
-from data_pipeline.labeling.stages import open_stage
+from data_pipeline.labeling.stages import reopen_stage
 
 
 @dataclass
@@ -29,14 +29,8 @@ def main(config: RevalidateLabelsConfig) -> None:
     dataset = Path(config.dataset)
     begun = read_run(dataset, config.run)["stages"]
     for name in (name for name in STAGES if name in begun):  # events before the story that is made of them
-        stage = open_stage(name, begun[name]["asked_with"])
-        for id, text in stage.prompts.items():
-            if begun[name]["prompts"].get(id) != text:
-                raise ValueError(
-                    f"run {config.run!r} asked for {name} with another text than prompt {id} has now: "
-                    "its answers are to another question"
-                )
-        before, watched = tally(dataset, config.run, name), WatchedStage(stage)
+        watched = WatchedStage(reopen_stage(dataset, config.run, name))
+        before = tally(dataset, config.run, name)
         run_stage(LabelingConfig(config.dataset, config.run), watched, only_ledger=True)
         print("\n".join(describe(name, before, tally(dataset, config.run, name))))
         if watched.num_not_asked:

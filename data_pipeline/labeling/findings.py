@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
@@ -20,8 +21,10 @@ from data_pipeline.labeling.schemas import (
     StoryEventAnswer,
     SubjectAnswer,
 )
-from storyanchors.caption_encoder import TokenCounter, fit_caption
 from storyanchors.story import Event, Story
+
+if TYPE_CHECKING:
+    from storyanchors.caption_encoder import TokenCounter
 
 INFO, WARNING, ERROR = "info", "warning", "error"
 MAX_FILLED_GAP = 2  # frames; a longer gap is asked about
@@ -80,7 +83,7 @@ def worst(findings: list[Finding]) -> str:
 
 
 def check_global_caption(
-    answer: GlobalCaptionAnswer, counter: TokenCounter | None = None
+    answer: GlobalCaptionAnswer, counter: "TokenCounter | None" = None
 ) -> tuple[GlobalCaptionAnswer, list[Finding]]:
     """A caption of the whole clip; counter: the caption encoder whose budget it must keep."""
     caption = _plain(answer.caption)
@@ -109,7 +112,7 @@ def check_events(answer: EventsAnswer, first: int, last: int) -> tuple[EventsAns
 
 
 def check_story(
-    answer: StoryAnswer, pool: list[PoolEvent], num_frames: int, counter: TokenCounter | None = None
+    answer: StoryAnswer, pool: list[PoolEvent], num_frames: int, counter: "TokenCounter | None" = None
 ) -> tuple[StoryAnswer, list[Finding]]:
     """The unified story of frames 1..num_frames against the pool that it was made from.
 
@@ -383,8 +386,10 @@ def _alias_findings(subjects: list[SubjectAnswer], events: list[StoryEventAnswer
     ]
 
 
-def _budget_findings(text: str, counter: TokenCounter, *, grave: set[str]) -> list[Finding]:
+def _budget_findings(text: str, counter: "TokenCounter", *, grave: set[str]) -> list[Finding]:
     """Nothing is cut here: what would be lost is asked for again if it is `grave`, else told."""
+    from storyanchors.caption_encoder import fit_caption  # imports transformers: seconds that few runs need
+
     num_tokens, code = counter.count_tokens(text), "tokens_over_limit"
     if counter.max_tokens is None or num_tokens <= counter.max_tokens:
         return []

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from math import sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -24,6 +26,7 @@ from data_pipeline.labeling.findings import (
     to_story,
     worst,
 )
+from data_pipeline.labeling.partition import read_run
 from data_pipeline.labeling.prompts import EVENTS, GLOBAL_CAPTION, STORY
 from data_pipeline.labeling.runner import Ask, LabelClip, LabelingConfig, Settled
 from data_pipeline.labeling.schemas import EventsAnswer, GlobalCaptionAnswer, StoryAnswer
@@ -34,9 +37,11 @@ from data_pipeline.labeling.subsets import (
     look_at,
     representative_frame,
 )
-from storyanchors.caption_encoder import TokenCounter, load_token_counter
 from storyanchors.clip import decode_jpeg, encode_jpeg, read_jpeg_size
 from storyanchors.vlm import VlmRequest, VlmUsage
+
+if TYPE_CHECKING:
+    from storyanchors.caption_encoder import TokenCounter
 
 MAX_PIXELS = 409_600  # what sample_frames makes by default: such frames are sent as they are stored
 WORDS_PER_TOKEN = 0.6  # English in the tokenizers of text encoders has 0.65 to 0.8
@@ -64,7 +69,7 @@ class GlobalCaptions:
             "caption_encoder": caption_encoder,
         }
         self.max_images, self.max_pixels = max_images, max_pixels
-        self.counter = load_token_counter(caption_encoder) if caption_encoder else None
+        self.counter = _load_counter(caption_encoder)
 
     async def label(self, clip: LabelClip, ask: Ask) -> dict:
         """The line: its "global_caption" is "" where there is none."""
@@ -141,7 +146,7 @@ class UnifiedStory:
         }
         self.max_images, self.max_pixels = max_images, max_pixels
         self.caption_encoder = caption_encoder
-        self.counter = load_token_counter(caption_encoder) if caption_encoder else None
+        self.counter = _load_counter(caption_encoder)
 
     async def label(self, clip: LabelClip, ask: Ask) -> dict:
         """The line: "story" is Story.to_dict() or None, "event_ids" are the annotations behind each event."""
@@ -190,9 +195,27 @@ class UnifiedStory:
 
 
 def open_stage(name: str, settings: dict[str, object]) -> GlobalCaptions | Events | UnifiedStory:
-    """The stage of a run as it was asked: the name and the settings that run.json has of it."""
-    [stage] = [stage for stage in (GlobalCaptions, Events, UnifiedStory) if stage.name == name]
-    return stage(**settings)
+    """The stage of that name with its own settings, as run.json keeps them under "asked_with"."""
+    [kind] = [kind for kind in (GlobalCaptions, Events, UnifiedStory) if kind.name == name]
+    return kind(**settings)
+
+
+def reopen_stage(dataset: Path, run: str, name: str) -> GlobalCaptions | Events | UnifiedStory:
+    """The stage of a run as it was asked, so that its questions are those in the ledger.
+
+    ValueError for a run without that stage, and one that was asked with another text than a prompt has now.
+    """
+    begun = read_run(dataset, run)["stages"]
+    if name not in begun:
+        raise ValueError(f"run {run!r} has no {name} labels, found {', '.join(sorted(begun)) or 'none'}")
+    stage = open_stage(name, begun[name]["asked_with"])
+    for id, text in stage.prompts.items():
+        if begun[name]["prompts"].get(id) != text:
+            raise ValueError(
+                f"run {run!r} asked for {name} with another text than prompt {id} has now: "
+                "its answers are to another question"
+            )
+    return stage
 
 
 def images_allowed(config: LabelingConfig) -> int:
@@ -237,7 +260,15 @@ def _smaller(jpeg: bytes, size: tuple[int, int], max_pixels: int) -> bytes:
     return encode_jpeg(decode_jpeg(jpeg, size).resize(smaller, Image.Resampling.LANCZOS))
 
 
-def _budget_line(counter: TokenCounter | None) -> str:
+def _load_counter(caption_encoder: str | None) -> "TokenCounter | None":
+    if not caption_encoder:
+        return None
+    from storyanchors.caption_encoder import load_token_counter  # imports transformers, which takes seconds
+
+    return load_token_counter(caption_encoder)
+
+
+def _budget_line(counter: "TokenCounter | None") -> str:
     if counter is None or counter.max_tokens is None:
         return ""
     words = int(counter.max_tokens * WORDS_PER_TOKEN)

@@ -11,9 +11,10 @@ from data_pipeline.captions import write_captions, write_run
 from data_pipeline.labeling.exact_labeler import exact_script
 from data_pipeline.labeling.findings import ERROR, Finding, worst
 from data_pipeline.labeling.ledger import request_key
+from data_pipeline.labeling.partition import StageRecord, begin_stage
 from data_pipeline.labeling.prompts import EVENTS
 from data_pipeline.labeling.runner import LabelClip, Settled
-from data_pipeline.labeling.stages import Events, GlobalCaptions, UnifiedStory, open_stage
+from data_pipeline.labeling.stages import Events, GlobalCaptions, UnifiedStory, reopen_stage
 from storyanchors.clip import CaptionRecord, ClipInfo, encode_jpeg, read_jpeg_size
 from storyanchors.story import Event, Story
 from storyanchors.vlm import VlmUsage, parse_answer
@@ -184,9 +185,13 @@ def test_another_prompt_is_another_question():
 @pytest.mark.parametrize(
     "stage", [GlobalCaptions(max_images=7), Events(max_pixels=999), UnifiedStory("words")]
 )
-def test_a_stage_is_opened_again_from_its_settings(stage):
-    again = open_stage(stage.name, json.loads(json.dumps(stage.settings)))
+def test_a_stage_is_opened_again_as_it_was_asked(stage, tmp_path):
+    record = StageRecord("a model", [], stage.prompts, stage.settings, [], {})
+    begin_stage(tmp_path, "a", stage.name, record, None)
+    again = reopen_stage(tmp_path, "a", stage.name)
     assert type(again) is type(stage) and again.settings == stage.settings
+    with pytest.raises(ValueError, match="has no unseen labels"):
+        reopen_stage(tmp_path, "a", "unseen")
 
 
 def random_story(rng: random.Random, num_frames: int) -> Story:

@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +11,7 @@ from data_pipeline.labeling.subsets import (
 )
 from storyanchors.clip import encode_jpeg
 
-BLACK, DULL, SHARP = FrameLook(True, 0.0), FrameLook(False, 1.0), FrameLook(False, 9.0)
+BLACK, DULL, SHARP = FrameLook(True, 0), FrameLook(False, 1), FrameLook(False, 9)
 
 
 @pytest.mark.parametrize("num_frames", range(1, 200))
@@ -67,20 +65,25 @@ def test_black_and_used_frames_are_passed_over():
     assert chosen(2, 2, {2: BLACK}, used=[2]) == 2
 
 
-def test_black_and_blur_are_seen_in_a_jpeg():
-    noise = np.random.default_rng(0).integers(0, 255, (72, 128, 3), np.uint8)
-    picture = Image.fromarray(noise)
-    blurred = picture.resize((32, 18)).resize((128, 72), Image.Resampling.BICUBIC)
-    black = Image.new("RGB", (128, 72), (6, 8, 7))
-    sharp_look, blurred_look = look_at(encode_jpeg(picture)), look_at(encode_jpeg(blurred))
-    assert sharp_look.sharpness > 4 * blurred_look.sharpness
-    assert not sharp_look.black and not blurred_look.black and look_at(encode_jpeg(black)).black
-    titles = np.zeros((72, 128, 3), np.uint8)
-    titles[30:40, 40:90] = 255
-    assert not look_at(encode_jpeg(Image.fromarray(titles))).black  # a title card says something
+def jpeg_of(pixels) -> bytes:
+    return encode_jpeg(Image.fromarray(np.asarray(pixels).clip(0, 255).astype(np.uint8)))
 
 
-def test_large_frames_are_judged_small():
-    buffer = io.BytesIO()
-    Image.new("RGB", (4096, 2160), (90, 90, 90)).save(buffer, "JPEG")
-    assert look_at(buffer.getvalue()) == FrameLook(False, 0.0)
+def test_a_blurred_frame_is_less_sharp():
+    rng = np.random.default_rng(0)
+    for contrast in (8, 40, 90):
+        picture = Image.fromarray(rng.normal(128, contrast, (180, 320, 3)).clip(0, 255).astype(np.uint8))
+        for scale in (0.7, 0.4, 0.1):  # of the detail that is left
+            small = picture.resize((int(320 * scale), int(180 * scale)), Image.Resampling.BOX)
+            blurred = small.resize(picture.size, Image.Resampling.BICUBIC)
+            assert look_at(encode_jpeg(blurred)).sharpness < look_at(encode_jpeg(picture)).sharpness
+
+
+def test_black_frames_are_seen_also_with_grain_and_letters_are_not_black():
+    grain = np.random.default_rng(0).normal(6, 3, (480, 848, 3))
+    assert look_at(jpeg_of(grain)).black and look_at(jpeg_of(np.zeros((480, 848, 3)))).black
+    letters = grain.copy()
+    letters[230:242, 400:440:4] = 235  # ten strokes, one pixel wide
+    assert not look_at(jpeg_of(letters)).black
+    assert not look_at(jpeg_of(grain + 60)).black and not look_at(jpeg_of(grain + 245)).black
+    assert not look_at(jpeg_of(grain * 12)).black
