@@ -65,6 +65,9 @@ class VlmServer:
     answer: Callable[[Parts], str]
     rates: dict[str, float] = field(default_factory=dict)  # fault -> share of requests
     seed: int = 0
+    spoil_once: bool = (
+        False  # of the questions with the same pictures, repairs too, only one gets a PAID fault
+    )
     latency_s: float = 0.0
     hang_s: float = 30.0
     retry_after_s: float = 0.05
@@ -77,6 +80,7 @@ class VlmServer:
     in_flight: int = 0
     most_in_flight: int = 0
     attempts: Counter[str] = field(default_factory=Counter)  # of each key
+    spoiled: set[str] = field(default_factory=set)  # sha256 of pictures
 
     @property
     def usd(self) -> float:
@@ -117,7 +121,14 @@ class VlmServer:
             return
         key = hashlib.sha256(content).hexdigest()
         self.attempts[key] += 1
+        parts, limit = (_gemini_parts if self.protocol == "gemini" else _openai_parts)(body)
         fault = self.queue.popleft() if self.queue else self._draw(key)
+        if self.spoil_once and fault in PAID:
+            pictures = hashlib.sha256(
+                b"|".join(part for part in parts if isinstance(part, bytes))
+            ).hexdigest()
+            fault = "" if pictures in self.spoiled else fault
+            self.spoiled.add(pictures)
         await asyncio.sleep(self.latency_s)
         if fault in ("hang", "drop", "drop_midway"):
             self._settle(key, fault, (0, 0, 0))
@@ -126,7 +137,6 @@ class VlmServer:
             self._settle(key, fault, (0, 0, 0))
             await _send(writer, *self._error(fault, headers))
         else:
-            parts, limit = (_gemini_parts if self.protocol == "gemini" else _openai_parts)(body)
             text = self.answer(parts)
             if len(text.encode()) > limit * BYTES_PER_TOKEN:
                 fault = "truncated"

@@ -43,11 +43,14 @@ def open_vlm(config: VlmConfig, *, script: Callable[[VlmRequest], str] | None = 
         from storyanchors.vlm.openai import OpenAIVlm
 
         return OpenAIVlm(config)
-    if config.backend == "gemini":
-        try:
-            from storyanchors.vlm.gemini import GeminiVlm
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                "vlm.backend=gemini needs google-genai, which is not installed: pip install -e '.[gemini]'"
-            ) from error
-        return GeminiVlm(config)
+    if config.backend == "local":
+        from storyanchors.vlm.local import LocalVlm  # here: transformers takes seconds to import
+
+        return LocalVlm(config)
+    try:
+        from storyanchors.vlm.gemini import GeminiVlm
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            "vlm.backend=gemini needs google-genai, which is not installed: pip install -e '.[gemini]'"
+        ) from error
+    return GeminiVlm(config)

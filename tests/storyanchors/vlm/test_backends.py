@@ -65,13 +65,14 @@ def config_of(server: VlmServer, **settings) -> VlmConfig:
 QUESTION = VlmRequest("clip/events/3-4", PARTS, Events, max_tokens=500)
 
 
-def ask_all(server: VlmServer, faults: Iterable[str], question=QUESTION, **settings) -> list[VlmReply]:
+def ask_all(server: VlmServer, faults: Iterable[str | None], question=QUESTION, **settings) -> list[VlmReply]:
     """The replies to one question asked again and again, each time with one of these faults."""
 
     async def one_after_the_other() -> list[VlmReply]:
         vlm, replies = open_vlm(config_of(server, **settings)), []
         for fault in faults:
-            server.queue.append(fault)
+            if fault is not None:
+                server.queue.append(fault)
             replies.append(await vlm.ask(question))
         await vlm.close()
         return replies
@@ -79,7 +80,7 @@ def ask_all(server: VlmServer, faults: Iterable[str], question=QUESTION, **setti
     return asyncio.run(one_after_the_other())
 
 
-def ask(server: VlmServer, fault: str = "", question=QUESTION, **settings) -> VlmReply:
+def ask(server: VlmServer, fault: str | None = None, question=QUESTION, **settings) -> VlmReply:
     [reply] = ask_all(server, [fault], question, **settings)
     return reply
 
@@ -278,3 +279,12 @@ def test_no_body_of_a_response_raises(server, status):
     replies = ask_all(server, ["html"] * len(bodies))
     assert {reply.status for reply in replies} <= {"transient", "fatal"}
     assert all(reply.detail and reply.usage == VlmUsage() for reply in replies)
+
+
+def test_a_server_can_spoil_the_questions_about_the_same_pictures_only_once():
+    with serve("openai", lambda parts: ANSWER, faults={"schema": 1.0}, spoil_once=True) as server:
+        about_the_same = VlmRequest("n", ("Repair this.", *PARTS), Events, 500)
+        about_others = VlmRequest("n", ("Frame 3", b"\xff\xd8 other"), Events, 500)
+        questions = (QUESTION, QUESTION, about_the_same, about_others)
+        statuses = [ask(server, question=question).status for question in questions]
+        assert statuses == ["invalid", "ok", "ok", "invalid"]
