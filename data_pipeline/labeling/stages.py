@@ -6,7 +6,7 @@ passed its checks) or blocked (refused by the model's filter).
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cache
 from math import sqrt
@@ -281,7 +281,7 @@ def _skipped(total: int, chosen: list[int]) -> list[Finding]:
     return [Finding("images_left_out", WARNING, f"{len(chosen)} of {total} images were sent")]
 
 
-def _line(settled: list[Settled], findings: list[Finding] = []) -> dict:  # noqa: B006 (it is only read)
+def _line(settled: list[Settled], findings: Sequence[Finding] = ()) -> dict:
     """What the lines of all stages have: status, findings, usage, usd, num_requests."""
     findings = [*findings, *(finding for one in settled for finding in one.findings)]
     failed = [one.status for one in settled if one.status != "ok"]
@@ -290,6 +290,6 @@ def _line(settled: list[Settled], findings: list[Finding] = []) -> dict:  # noqa
         "status": failed[0] if failed else "warned" if worst(findings) == WARNING else "ok",
         "findings": [asdict(finding) for finding in findings],
         "usage": asdict(usage),
-        "usd": sum(one.usd for one in settled),
+        "usd": sum((one.usd for one in settled), 0.0),
         "num_requests": sum(one.num_requests for one in settled),
     }
