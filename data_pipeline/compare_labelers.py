@@ -68,7 +68,9 @@ class Agreement:
     subjects: Matched = field(default_factory=Matched)
     boundary_f1_sum: float = 0.0
     subject_f1_sum: float = 0.0
-    least: list[tuple[float, str]] = field(default_factory=list)  # (agreement, key), the least first
+    least: list[tuple[float, str]] = field(
+        default_factory=list
+    )  # (agreement, key) of clips that differ, the least first
 
 
 def main(config: CompareLabelersConfig) -> None:
@@ -98,7 +100,8 @@ def compare_runs(dataset: Path, a: str, b: str) -> Agreement:
         agreement.stories_b += len(stories_b)
         for key in sorted(stories_a.keys() & stories_b.keys()):
             agreed = _add_clip(agreement, key, stories_a[key], stories_b[key])
-            heapq.heappush(least, (-agreed, key))
+            if agreed < 1:
+                heapq.heappush(least, (-agreed, key))
             if len(least) > CLIPS_NAMED:
                 heapq.heappop(least)
     agreement.least = sorted((-negated, key) for negated, key in least)
@@ -126,8 +129,10 @@ def describe(agreement: Agreement, a: str, b: str) -> list[str]:
         f"event-boundary F1         {agreement.boundaries.f1:.3f} within {TOLERANCE_FRAMES} frame, "
         f"{agreement.chance.f1:.3f} by chance; mean over clips {boundary_mean:.3f}",
         f"subject overlap           {agreement.subjects.f1:.3f}; mean over clips {subject_mean:.3f}",
-        "least agreement           " + ", ".join(f"{key} ({agreed:.2f})" for agreed, key in agreement.least),
     ]
+    if agreement.least:
+        named = ", ".join(f"{key} ({agreed:.2f})" for agreed, key in agreement.least)
+        lines.append(f"least agreement           {named}")
     return lines
 
 

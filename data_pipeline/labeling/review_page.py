@@ -41,7 +41,7 @@ img { width: 100%; display: block; outline: 1px solid var(--faint); }
 .annotation { font-size: 11px; max-height: 1.3em; border: 1px solid rgb(0 0 0 / 0.18); }
 .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 0 32px; }
 ol, ul { margin: 2px 0; padding-left: 1.4em; } .events { list-style: none; padding: 0; }
-.events li { display: grid; grid-template-columns: 14px 5.5em 1fr; gap: 8px; margin: 2px 0; }
+.events li { display: grid; grid-template-columns: 14px 7.2em 1fr; gap: 8px; margin: 2px 0; }
 .chip { border-radius: 3px; height: 14px; margin-top: 3px; border: 1px solid rgb(0 0 0 / 0.18); }
 .findings { list-style: none; padding: 0; } .findings li { margin: 2px 0; }
 .findings .status { margin: 0 6px 0 0; font-weight: 400; }

@@ -84,7 +84,7 @@ class RunQuality:
         quality.num_requests += line["num_requests"]
         quality.usage += VlmUsage(**line["usage"])
         quality.usd += line["usd"]
-        expected = len(line["subsets"]) if stage == "events" else 1
+        expected = len(line.get("subsets", [0])) if stage == "events" else 1
         quality.first_try += status in GOOD and line["num_requests"] <= expected
         for finding in {(one["severity"], one["code"]): one for one in line["findings"]}.values():
             kind = finding["severity"], finding["code"]

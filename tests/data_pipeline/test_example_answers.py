@@ -1,4 +1,4 @@
-"""The real clip through all stages, with the answers beside it, which were written by looking at its frames."""
+"""The real clip through all stages; the answers beside it were written by looking at its frames."""
 
 from pathlib import Path
 
