@@ -218,37 +218,25 @@ def serve(
     if protocol not in ("gemini", "openai") or unknown:
         raise ValueError(f"protocol {protocol!r}, unknown faults {sorted(unknown)}, known: {FAULTS}")
     server = VlmServer(protocol, answer, faults or {}, **settings)
-    loop, started = asyncio.new_event_loop(), threading.Event()
+    started, stop = threading.Event(), []
 
     async def run() -> None:
         listener = await asyncio.start_server(server.connected, "127.0.0.1", 0, backlog=512)
         port = listener.sockets[0].getsockname()[1]
         server.url = f"http://127.0.0.1:{port}" + ("/v1" if protocol == "openai" else "")
+        loop, stopped = asyncio.get_running_loop(), asyncio.Event()
+        stop.append(lambda: loop.call_soon_threadsafe(stopped.set))
         started.set()
-        await asyncio.Event().wait()
+        await stopped.wait()
+        listener.close()  # its connections end with the loop
 
-    def in_thread() -> None:
-        asyncio.set_event_loop(loop)
-        main = loop.create_task(run())
-        server_stop.append(main)
-        try:
-            loop.run_until_complete(main)
-        except asyncio.CancelledError:
-            pass
-        rest = asyncio.all_tasks(loop)
-        for task in rest:
-            task.cancel()
-        loop.run_until_complete(asyncio.gather(*rest, return_exceptions=True))
-        loop.close()
-
-    server_stop: list[asyncio.Task] = []
-    thread = threading.Thread(target=in_thread, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
     thread.start()
     started.wait()
     try:
         yield server
     finally:
-        loop.call_soon_threadsafe(server_stop[0].cancel)
+        stop[0]()
         thread.join()
 
 

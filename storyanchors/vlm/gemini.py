@@ -49,6 +49,7 @@ class GeminiVlm:
     def __init__(self, config: VlmConfig):
         self.config, self._key = config, read_key(config)
         self.identity = config.identity(ADAPTER, SETTINGS)
+        self._connections = open_client()
         self._client = genai.Client(
             vertexai=False,  # said, so that no environment variable sends the frames elsewhere
             api_key=self._key,
@@ -56,7 +57,7 @@ class GeminiVlm:
                 base_url=config.base_url or "https://generativelanguage.googleapis.com",
                 api_version=config.api_version,
                 timeout=int(1000 * config.timeout_s),
-                httpx_async_client=open_client(),
+                httpx_async_client=self._connections,
             ),
         )
 
@@ -150,6 +151,7 @@ class GeminiVlm:
 
     async def close(self) -> None:
         await self._client.aio.aclose()
+        await self._connections.aclose()  # the SDK leaves a client that it was given open
 
 
 def _part(part: str | bytes) -> types.Part:

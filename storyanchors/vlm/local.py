@@ -58,7 +58,7 @@ class LocalVlm:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-        ).to(self._device)
+        ).to(self._device, dtype=self._model.dtype)
         sampling = {"do_sample": False}
         if self.config.temperature > 0:
             sampling = {"do_sample": True, "temperature": self.config.temperature}

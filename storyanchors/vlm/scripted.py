@@ -85,6 +85,8 @@ def read_answers(path: Path) -> dict[str, str]:
                 try:
                     record = json.loads(line)
                     name, text, status = record["request"], record["text"], record.get("status", "ok")
+                    if not isinstance(name, str) or not isinstance(text, str):
+                        raise TypeError
                 except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                     if not line.endswith("\n"):
                         break

@@ -288,3 +288,36 @@ def test_a_server_can_spoil_the_questions_about_the_same_pictures_only_once():
         questions = (QUESTION, QUESTION, about_the_same, about_others)
         statuses = [ask(server, question=question).status for question in questions]
         assert statuses == ["invalid", "ok", "ok", "invalid"]
+
+
+def test_what_a_server_does_not_count_is_charged_at_most(server):
+    server._settle = lambda *settled: None
+    replies = {"gemini": {"candidates": [{"finishReason": "STOP", "content": {"parts": [{"text": ANSWER}]}}]}}
+    replies["openai"] = {"choices": [{"message": {"content": ANSWER}, "finish_reason": "stop"}]}
+    server._error = lambda fault, headers: (200, json.dumps(replies[server.protocol]).encode(), {})
+    reply = ask(server, "html")
+    assert reply.status == "ok" and reply.usage == open_vlm(config_of(server)).estimate(QUESTION)
+
+
+def test_refusals_of_openai_servers_are_blocked():
+    message = {"content": None, "refusal": "I cannot\nlook at this."}
+    body = {"choices": [{"message": message, "finish_reason": "stop"}], "model": "m"}
+    filtered = {"error": {"code": "content_filter", "message": "The prompt was filtered."}}
+    with serve("openai", lambda parts: ANSWER) as server:
+        waiting = iter([(200, json.dumps(body).encode(), {}), (400, json.dumps(filtered).encode(), {})])
+        server._error = lambda fault, headers: next(waiting)
+        refused, blocked = ask_all(server, ["html", "html"])
+    assert (refused.status, refused.detail) == ("blocked", "I cannot look at this.")
+    assert (blocked.status, blocked.usage) == ("blocked", VlmUsage())
+
+
+def test_a_model_that_is_closed_leaves_no_connection(server):
+    vlm = open_vlm(config_of(server))
+
+    async def ask_and_close() -> None:
+        assert (await vlm.ask(QUESTION)).status == "ok"
+        await vlm.close()
+        with pytest.raises(RuntimeError, match="closed"):
+            await vlm.ask(QUESTION)
+
+    asyncio.run(ask_and_close())

@@ -93,7 +93,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two models, the second of which was taught to give ANSWER to QUESTION."""
+    """Two models: a random one in bfloat16, and one that was taught to give ANSWER to QUESTION."""
     processor = make_processor()
     model = make_model(processor.tokenizer)
     random, taught = (tmp_path_factory.mktemp(name) for name in ("random", "taught"))
@@ -103,7 +103,8 @@ def folders(tmp_path_factory):
     batch = processor(text=f"{prompt}{ANSWER}<end>", images=images, return_tensors="pt")
     labels = batch["input_ids"].clone()
     labels[:, : -len(ANSWER) - 1] = -100
-    for folder, num_steps in ((random, 0), (taught, 100)):
+    for folder, num_steps, dtype in ((random, 0, torch.bfloat16), (taught, 100, torch.float32)):
+        model.to(dtype)
         optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
         for _ in range(num_steps):
             optimizer.zero_grad()

@@ -76,9 +76,10 @@ def test_other_answers_have_another_identity(tmp_path):
 
 def test_answers_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(line("n", "one") + "\n[]\n" + line("m", "two") + "\n")
-    with pytest.raises(ValueError, match=r"a\.jsonl:2"):
-        open_vlm(VlmConfig("replay", replay=str(path)))
+    for bad in ("[]", "{", '{"request": "n"}', '{"request": "n", "text": {"caption": "an object"}}'):
+        path.write_text(line("n", "one") + f"\n{bad}\n" + line("m", "two") + "\n")
+        with pytest.raises(ValueError, match=r"a\.jsonl:2"):
+            open_vlm(VlmConfig("replay", replay=str(path)))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no \.jsonl file"):
         open_vlm(VlmConfig("replay", replay=str(tmp_path / "empty")))
