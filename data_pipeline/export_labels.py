@@ -22,7 +22,7 @@ from data_pipeline.dataset import FRAMES_FOLDER, read_record
 from data_pipeline.labeling.ledger import ShardLedger
 from data_pipeline.labeling.partition import STAGES, label_lines, labels_folder, read_run, settled_shards
 from data_pipeline.labeling.runner import LabelClip, Stage, clips_of_shard, ledger_identities
-from data_pipeline.labeling.stages import open_stage
+from data_pipeline.labeling.stages import reopen_stage
 from data_pipeline.labeling.turns import Ask, Check, Settled, ask_ledger
 from data_pipeline.shard_reader import finished_shards
 from storyanchors.output_folder import check_output_folder, output_folder
@@ -58,7 +58,10 @@ def main(config: ExportLabelsConfig) -> None:
 
 
 def export(dataset: Path, run: str, out: Path, *, warned: bool = True) -> dict[str, Exported]:
-    """The folder appears whole. ValueError for an unknown run and where no answer is left to export."""
+    """The folder appears whole.
+
+    ValueError for an unknown run, one that was asked with other prompts, and nothing to export.
+    """
     read_record(dataset)
     begun = read_run(dataset, run)["stages"]
     accepted = ("ok", "warned") if warned else ("ok",)
@@ -67,7 +70,7 @@ def export(dataset: Path, run: str, out: Path, *, warned: bool = True) -> dict[s
     with output_folder(out, made_with=RECORD_FILE) as folder:
         (folder / IMAGES_FOLDER).mkdir()
         for name in (name for name in STAGES if name in begun):
-            stage = open_stage(name, begun[name]["asked_with"])
+            stage = reopen_stage(dataset, run, name)
             exported[name] = asyncio.run(_export_stage(dataset, run, stage, accepted, folder))
         if not any(counts.questions for counts in exported.values()):
             raise ValueError(f"labeling run {run!r} of {dataset} has no accepted answer: nothing to export")

@@ -17,10 +17,10 @@ BROKEN = {
 
 
 def reply(seconds: float, status: str = "ok") -> LedgerLine:
-    return LedgerLine(
-        "k", "film-1/events/1-2", "film-1", "events", 1, status, "stop", "", VlmUsage(), 0.0, "", 0.0, seconds,
-        "w", "",
-    )  # fmt: skip
+    name = "film-1/events/1-2"
+    words = {"finish": "stop", "text": "", "model_version": "", "writer": "w", "detail": ""}
+    numbers = {"attempt": 1, "usage": VlmUsage(), "usd": 0.0, "started": 0.0, "seconds": seconds}
+    return LedgerLine("k", name, "film-1", "events", status=status, **words, **numbers)
 
 
 def test_percentiles_are_those_of_the_sorted_values():
