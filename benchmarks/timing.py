@@ -4,6 +4,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from statistics import median
 
 import diffusers
 import torch
@@ -36,7 +37,7 @@ def take_turns(
                 seconds[name].append(elapsed)
                 peaks[name] = max(peaks[name], peak)
     return {
-        name: Timing(*(_quantile(times, share) for share in (0.1, 0.5, 0.9)), peaks[name] or None)
+        name: Timing(_quantile(times, 0.1), median(times), _quantile(times, 0.9), peaks[name] or None)
         for name, times in seconds.items()
     }
 

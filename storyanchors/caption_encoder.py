@@ -155,7 +155,8 @@ class Umt5Tokens:
 
     def ids(self, text: str) -> Tensor:
         """(L,) with the end mark."""
-        return torch.tensor(self.tokenizer(_cleaned(text)).input_ids)
+        # verbose: the tokenizer warns of texts above a limit of its own; ours is reported by fit_caption
+        return torch.tensor(self.tokenizer(_cleaned(text), verbose=False).input_ids)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of the cleaned text with its end mark; 1 for ""."""

@@ -82,7 +82,7 @@ def load_base_weights(dit: StoryDiT, path: str | Path, *, allow_pickle: bool = F
     may be in the authors' or in diffusers' layout. A base checkpoint has C (text to video), 2C (Step-Video
     TI2V) or 2C+4 (Wan I2V, Fun-InP) input channels, of which [noisy C | condition C | mask 1] is made.
     ValueError, with dit as it was, for sizes that differ and for any tensor that is missing, unknown or of
-    another shape.
+    another shape; ValueError also where numbers are not finite, which is seen only while they are read.
     """
     files, config = _checkpoint_files(path, allow_pickle)
     stored = {name: tuple(tensor.shape) for name, tensor in _tensors(files, headers_only=True)}
@@ -92,7 +92,10 @@ def load_base_weights(dit: StoryDiT, path: str | Path, *, allow_pickle: bool = F
     new = _check_tensors(parameters, checkpoint, dit.config.latent_channels)
     sizes = _config_of(dit)
     for name, tensor in _tensors(files, headers_only=False):
-        for move in checkpoint.plan.get(name, ()):
+        targets = checkpoint.plan.get(name, ())
+        if targets and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+        for move in targets:
             parameters[move.parameter].copy_(take(tensor, move, checkpoint.layout, sizes))
     moved = [move for targets in checkpoint.plan.values() for move in targets]
     columns = input_columns(checkpoint.in_channels, dit.config.latent_channels, checkpoint.layout)

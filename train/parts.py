@@ -92,8 +92,9 @@ def build_dit(config: ModelConfig, seed: int, *, unfilled: bool = False) -> Stor
         dit = StoryDiT.unfilled(config.dit_config) if unfilled else StoryDiT(config.dit_config)
     dit.set_activation_checkpointing(config.activation_checkpointing)
     if config.compile:
-        if config.compile not in (known := torch.compiler.list_backends(())):
-            raise ValueError(f"model.compile is {config.compile!r}, expected inductor or another of {known}")
+        if config.compile not in torch.compiler.list_backends(()):
+            usual = ", ".join(torch.compiler.list_backends())
+            raise ValueError(f"model.compile is {config.compile!r}, expected inductor or another of {usual}")
         dit.compile_blocks(backend=config.compile)
     return dit
 
@@ -111,6 +112,8 @@ def fit_codec(config: ModelConfig, index: ClipIndex, seed: int) -> PcaCodec:
 def open_caption_encoder(config: ModelConfig) -> CaptionEncoder:
     """The encoder that the config refers to, behind a cache where one is asked for."""
     encoder = load_caption_encoder(config.caption_encoder)
+    if isinstance(encoder, PrecomputedCaptions):
+        encoder.read("")  # dropout and guidance ask for it: better now than after some steps
     if config.caption_cache is None:
         return encoder
     if isinstance(encoder, PrecomputedCaptions):
@@ -123,7 +126,8 @@ def check_parts(dit: StoryDiT, codec: Codec, caption_encoder: CaptionEncoder) ->
     parts = {"latent_channels": codec, "text_dim": caption_encoder, "clip_text_dim": caption_encoder}
     for name, part in parts.items():
         if (found := getattr(part, name)) != dit.config[name]:
-            raise ValueError(f"the frozen part has {name}={found}, the network expects {dit.config[name]}")
+            key = "model.codec" if part is codec else "model.caption_encoder"
+            raise ValueError(f"{key} has {name}={found}, the network expects {dit.config[name]}")
 
 
 def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_encoder: CaptionEncoder) -> None:

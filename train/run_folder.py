@@ -17,7 +17,7 @@ from torch import Tensor
 
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import MODEL_FILE, read_story_model
-from storyanchors.lora import LoraSettings, add_lora, merge_lora
+from storyanchors.lora import WHOLE, LoraSettings, add_lora, merge_lora
 from storyanchors.weights import load_base_weights, load_story_dit
 from train.checkpoints import Checkpoint, load_trained_weights, newest_checkpoint, weights_sha256
 
@@ -131,8 +131,12 @@ def stage_history(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def describe_base(dit: StoryDiT, weights: str, lora: LoraSettings) -> dict[str, Any]:
-    """What a LoRA belongs to: the reference and the bits of the network that dit is before it gets one."""
-    return {"weights": weights, "sha256": weights_sha256(dit), "rank": lora.rank, "alpha": lora.alpha}
+    """What a LoRA belongs to: the reference and the bits of what stays frozen in dit, before it gets one.
+
+    The modules that learn whole are the adapter's own; a published base has not even all of them.
+    """
+    sha256 = weights_sha256(dit, leave_out=WHOLE)
+    return {"weights": weights, "sha256": sha256, "rank": lora.rank, "alpha": lora.alpha}
 
 
 def check_base(found: dict[str, Any], expected: dict[str, Any] | None, where: Path) -> None:
@@ -143,10 +147,14 @@ def check_base(found: dict[str, Any], expected: dict[str, Any] | None, where: Pa
         )
     for name in ("rank", "alpha", "sha256"):
         if found[name] != expected[name]:
-            of = f"the base {found['weights']}" if name == "sha256" else "model.lora"
+            if name == "sha256":
+                raise ValueError(
+                    f"{where} holds a LoRA of {expected['weights']} as it was, with weights of SHA-256 "
+                    f"{expected[name][:16]}..., but {found['weights']} has other weights now, "
+                    f"{found[name][:16]}...: a LoRA fits no other base"
+                )
             raise ValueError(
-                f"{where} holds a LoRA of {expected['weights']} with {name} {expected[name]}, "
-                f"found {name} {found[name]} in {of}"
+                f"{where} holds a LoRA with model.lora.{name}={expected[name]}, found {name}={found[name]}"
             )
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conf.command import Stopped, read_config
+from storyanchors.lora import LORA_FILE
 from train.checkpoints import newest_checkpoint
 from train.run_stage import RunStageConfig
 from train.story_module import NonFiniteGradients
@@ -234,9 +235,9 @@ def test_the_base_of_a_lora_may_move_and_must_not_change(train, lora, lora_run, 
     arguments = [*lora, "optimizer.lr=1e-2", f"model.base_weights={moved}"]
     changed = moved / "transformer" / "diffusion_pytorch_model.safetensors"
     content = bytearray(changed.read_bytes())
-    content[-1] ^= 1
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1  # the first number behind the header: a block's
     changed.write_bytes(content)
-    with pytest.raises(ValueError, match=f"sha256 .*, found sha256 .* in the base {moved}"):
+    with pytest.raises(ValueError, match=f"but {moved} has other weights now"):
         train(unfinished, *arguments)
     changed.write_bytes((base_model / "transformer" / changed.name).read_bytes())
     train(unfinished, *arguments)
@@ -251,6 +252,22 @@ def test_a_lora_is_handed_over_to_the_next_stage_as_it_is(train, lora, lora_run,
     provenance = json.loads((following / "provenance.json").read_text())
     assert provenance["base"] == json.loads((lora_run / "provenance.json").read_text())["base"]
     assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": lora_run.name}]
+
+
+def test_a_lora_of_a_published_base_is_exported_and_handed_over(train, export, lora, base_model, tmp_path):
+    """Such a base lacks what the paper adds: what is drawn for it must not count as the base's."""
+    tensors = load_file(base_model / "transformer" / "diffusion_pytorch_model.safetensors")
+    patch = tensors["patch_embedding.weight"]
+    tensors["patch_embedding.weight"] = patch[:, : patch.shape[1] // 2].contiguous()
+    published = tmp_path / "published"
+    published.mkdir()
+    save_file({n: t for n, t in tensors.items() if "story_embedder" not in n}, published / "wan.safetensors")
+    (published / "config.json").write_text("{}")
+    arguments = [*lora, f"model.base_weights={published}", "stage.steps=1"]
+    first = train(tmp_path / "first", *arguments)
+    assert (export(first, tmp_path / "merged") / "story_model.json").is_file()
+    assert (export(first, tmp_path / "adapter", "format=lora") / LORA_FILE).is_file()
+    train(tmp_path / "next", *arguments, f"init_from={first}", "seed=1")
 
 
 def test_a_run_of_all_weights_begins_with_the_lora_merged(train, export, lora_run, base_model, tmp_path):
@@ -268,8 +285,8 @@ def test_a_run_of_all_weights_begins_with_the_lora_merged(train, export, lora_ru
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.lora.rank=4", "rank 2, found rank 4 in model.lora"),
-        ("model.lora.alpha=2", "alpha 6.0, found alpha 2.0 in model.lora"),
+        ("model.lora.rank=4", "model.lora.rank=2, found rank=4"),
+        ("model.lora.alpha=2", "model.lora.alpha=6.0, found alpha=2.0"),
     ],
 )
 def test_a_lora_of_other_settings_is_not_handed_over(train, lora, lora_run, tmp_path, override, message):
