@@ -138,10 +138,14 @@ class VlmServer:
             await _send(writer, *self._error(fault, headers))
         else:
             text = self.answer(parts)
-            if len(text.encode()) > limit * BYTES_PER_TOKEN:
+            if len(text.encode(errors="replace")) > limit * BYTES_PER_TOKEN:
                 fault = "truncated"
             text = _spoil(fault, text)
-            tokens = (_count(parts), -(-len(text.encode()) // BYTES_PER_TOKEN), THOUGHT_TOKENS if text else 0)
+            tokens = (
+                _count(parts),
+                -(-len(text.encode(errors="replace")) // BYTES_PER_TOKEN),
+                THOUGHT_TOKENS if text else 0,
+            )
             reply = (_gemini_reply if self.protocol == "gemini" else _openai_reply)(fault, text, tokens)
             self._settle(key, fault, tokens)
             await _send(writer, 200, json.dumps(reply).encode(), {"Content-Type": "application/json"})

@@ -25,12 +25,7 @@ from storyanchors.vlm.question import (
 )
 
 ADAPTER = 1  # another number whenever other bytes are sent for the same request
-IMAGE_TOKENS = {
-    "low": 280,
-    "medium": 560,
-    "high": 1120,
-    "ultra_high": 2240,
-}  # of Gemini 3, whatever the pixels
+IMAGE_TOKENS = {"low": 280, "medium": 560, "high": 1120, "ultra_high": 2240}  # of Gemini 3
 HIDDEN = "***"
 # what the SDK raises for a body that is no JSON, or JSON of another form
 UNREADABLE = (ValueError, TypeError, AttributeError, KeyError, RecursionError)
@@ -131,14 +126,13 @@ class GeminiVlm:
             detail.get("reason") == "API_KEY_INVALID" for detail in details
         ):
             status, finish = "fatal", DENIED
-        wait_s, quota = None, ""
+        headers, quota = dict(error.response.headers), ""
         for detail in details:
-            if "retryDelay" in detail:
-                wait_s = _seconds(detail["retryDelay"])
-            for violation in detail.get("violations") or []:
-                quota = str(violation.get("quotaId") or quota)
-        if wait_s is None:
-            wait_s = seconds_to_wait(error.response.headers, datetime.now(UTC))
+            if "retryDelay" in detail:  # protobuf's JSON for a duration, "7s" or "0.5s"
+                headers["retry-after"] = str(detail["retryDelay"]).removesuffix("s")
+            for violation in _mappings(detail.get("violations")):
+                quota = one_line(str(violation.get("quotaId") or quota))
+        wait_s = seconds_to_wait(headers, datetime.now(UTC))
         problem = f"http {error.code} {error.status or ''}: {error.message}".replace(self._key, HIDDEN)
         return failed(status, finish, problem, retry_after_s=wait_s, quota=quota)
 
@@ -163,7 +157,8 @@ def _part(part: str | bytes) -> types.Part:
 def _text(candidate: types.Candidate) -> str:
     """The answer's parts in a row, without the model's thoughts."""
     parts = (candidate.content and candidate.content.parts) or []
-    return "".join(part.text for part in parts if part.text and not part.thought)
+    text = "".join(part.text for part in parts if part.text and not part.thought)
+    return text.encode(errors="replace").decode()  # half an emoji, where max_tokens cuts, is no UTF-8
 
 
 def _usage(counted: types.GenerateContentResponseUsageMetadata | None) -> VlmUsage | None:
@@ -179,13 +174,8 @@ def _usage(counted: types.GenerateContentResponseUsageMetadata | None) -> VlmUsa
 def _details(body: object) -> list[dict]:
     """error.details of an error's JSON; nothing where the body is something else."""
     error = body.get("error") if isinstance(body, dict) else None
-    details = error.get("details") if isinstance(error, dict) else None
-    return [detail for detail in details or [] if isinstance(detail, dict)]
+    return _mappings(error.get("details")) if isinstance(error, dict) else []
 
 
-def _seconds(delay: str) -> float | None:
-    """Of protobuf's JSON for a duration, "7s" or "0.5s"."""
-    try:
-        return float(delay.removesuffix("s"))
-    except ValueError:
-        return None
+def _mappings(found: object) -> list[dict]:
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []

@@ -23,9 +23,8 @@ class VlmRequest:
     """A question, and its answer's schema: flat, bounded, without defaults and extra="forbid" (Gemini)."""
 
     name: str  # <clip key>/<stage>/<first>-<last>: for logs, ledger and replay, never sent
-    parts: tuple[str | bytes, ...] = field(
-        repr=False
-    )  # texts and JPEG images in order: "Frame 13", b"\xff\xd8..."
+    # texts and JPEG images in order: "Frame 13", b"\xff\xd8...", ...
+    parts: tuple[str | bytes, ...] = field(repr=False)
     answer: type[BaseModel]
     max_tokens: int = 4096  # of the answer, the model's thoughts included
 
@@ -138,8 +137,8 @@ def estimate_usage(request: VlmRequest, *, image_tokens: int, max_tokens: int) -
 
 @lru_cache(maxsize=64)
 def schema_json(schema: type[BaseModel]) -> str:
-    """The answer's JSON schema, one text for one schema."""
-    return json.dumps(schema.model_json_schema(), sort_keys=True)
+    """The answer's JSON schema; its properties stay in order, in which guided decoding writes them."""
+    return json.dumps(schema.model_json_schema())
 
 
 def schema_words(schema: type[BaseModel]) -> str:
@@ -148,5 +147,6 @@ def schema_words(schema: type[BaseModel]) -> str:
 
 
 def one_line(text: str) -> str:
-    text = " ".join(text.split())
+    """A server's words as a detail: short, on one line, and such that a file takes them."""
+    text = " ".join(text.encode(errors="replace").decode().split())
     return text if len(text) <= MAX_DETAIL else text[: MAX_DETAIL - 3] + "..."

@@ -250,6 +250,7 @@ def test_an_openai_server_is_told_the_schema_in_its_own_way():
         strict = schema["response_format"]["json_schema"]["schema"]
         assert strict == structured["structured_outputs"]["json"]
         assert strict["additionalProperties"] is False
+        assert list(strict["$defs"]["Event"]["properties"]) == ["first_frame", "description"]
         assert strict["$defs"]["Event"]["additionalProperties"] is False
         assert any_object["response_format"] == {"type": "json_object"} and "response_format" not in nothing
         assert schema["seed"] == 5
@@ -274,9 +275,11 @@ def test_gemini_without_its_package_says_what_to_install(monkeypatch):
 def test_no_body_of_a_response_raises(server, status):
     bodies = [b"", b"[1]", b"5", b'{"candidates": 5, "choices": 5}', b"\xff\xfe", b'{"a":' * 100_000]
     bodies += [b'{"candidates": [{"content": "x"}], "choices": [{"message": null}]}', b'{"error": "x"}']
+    bodies += [b'{"error": {"details": [{"violations": [1], "retryDelay": []}, 7], "message": "\\ud83d"}}']
     waiting = iter(bodies)
     server._error = lambda fault, headers: (status, next(waiting), {})
     replies = ask_all(server, ["html"] * len(bodies))
+    assert [reply.detail.encode() for reply in replies]  # a file takes them
     assert {reply.status for reply in replies} <= {"transient", "fatal"}
     assert all(reply.detail and reply.usage == VlmUsage() for reply in replies)
 
@@ -321,3 +324,9 @@ def test_a_model_that_is_closed_leaves_no_connection(server):
             await vlm.ask(QUESTION)
 
     asyncio.run(ask_and_close())
+
+
+def test_half_an_emoji_can_be_written_to_a_file():
+    with serve("gemini", lambda parts: ANSWER[:-8] + "\ud83d") as server:
+        reply = ask(server)
+    assert reply.status == "invalid" and reply.text.encode().endswith(b"?")
