@@ -1,9 +1,13 @@
 import pickle
+from pathlib import Path
 
 import pytest
+import yaml
 
 from storyanchors.vlm import VlmConfig
-from storyanchors.vlm.config import read_key
+from storyanchors.vlm.config import BACKENDS, read_key
+
+SETTINGS = Path(__file__).parents[3] / "conf" / "vlm"
 
 
 @pytest.mark.parametrize(
@@ -47,3 +51,15 @@ def test_what_cannot_be_a_key_is_an_error_that_does_not_show_it(monkeypatch, key
     with pytest.raises(ValueError, match="MY_KEY") as error:
         read_key(VlmConfig("openai", "m", base_url="http://x/v1", api_key_env="MY_KEY"))
     assert "MARKED" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_backend_has_settings_that_need_only_what_is_one_s_own(backend):
+    settings = yaml.safe_load((SETTINGS / f"{backend}.yaml").read_text())
+    own = {
+        "openai": {"model": "m", "base_url": "http://x/v1"},
+        "local": {"model": "m"},
+        "replay": {"replay": "f"},
+    }
+    assert VlmConfig(**settings, **own.get(backend, {})).backend == backend
+    assert len(list(SETTINGS.glob("*.yaml"))) == len(BACKENDS)
