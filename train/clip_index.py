@@ -19,6 +19,11 @@ CAPTION_COLUMNS = {
     "multi_event": "story_words",
 }  # 0 or null: the clip has none
 
+TOKEN_COLUMNS = {
+    "global": "global_caption_tokens",
+    "multi_event": "story_tokens",
+}  # null where build_index counted none
+
 CONDITION_COLUMNS = ("fps", "frame_interval", "motion", "height", "width", "num_frames")
 
 
@@ -75,6 +80,17 @@ class ClipIndex:
                 "%d of %d clips have no %s caption and are left out", len(self) - len(kept), len(self), kind
             )
         return kept
+
+    def rows_above(self, kind: str, max_tokens: int) -> list[int]:
+        """Numbers of the rows whose caption has more tokens, as far as build_index has counted them."""
+        if TOKEN_COLUMNS[kind] not in self.table.column_names:
+            return []
+        above = pc.greater(pc.fill_null(self.table[TOKEN_COLUMNS[kind]], 0), max_tokens)
+        return np.flatnonzero(above.to_numpy()).tolist()
+
+    def without(self, numbers: set[int]) -> "ClipIndex":
+        kept = pa.array([number not in numbers for number in range(len(self))])
+        return ClipIndex(self.dataset, self.table.filter(kept))
 
     def split(self, holdout: float) -> tuple["ClipIndex", "ClipIndex"]:
         """(to train on, held out): a share of the source videos, chosen by hash, is never trained on."""

@@ -4,10 +4,11 @@ A clip's bytes are read with pread, so nothing is unpacked and no tar is walked;
 compared with the index before it is decoded. The loader has no state: the plan's position says what is next.
 """
 
+import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +18,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from storyanchors.caption_encoder import TokenCounter, fit_caption
 from storyanchors.clip import CaptionRecord, decode_jpeg, frame_member, frames_to_tensor
 from storyanchors.conditioning import ClipConditions
 from train.clip_index import ClipIndex, ClipRow
 from train.data_plan import PlannedBatch
 from train.stop_signals import ignore_stop_signals
+
+log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 64
 
@@ -115,6 +119,32 @@ class ClipReader:
         return data
 
 
+def leave_out_uncuttable(index: ClipIndex, kinds: Iterable[str], encoder: TokenCounter) -> ClipIndex:
+    """Without the clips whose caption is too long for the encoder however it is cut, with a warning.
+
+    Known of datasets whose tokens build_index has counted; a run without counts stops at such a clip.
+    """
+    reader, left_out = ClipReader(index.dataset), {}
+    for kind in kinds if encoder.max_tokens else ():
+        for number in index.rows_above(kind, encoder.max_tokens):
+            row = index.row(number)
+            try:
+                fit_caption(caption_texts(reader.caption(row))[kind], encoder)
+            except ValueError as error:
+                left_out[number] = f"{row.key}: {error}"
+    if not left_out:
+        return index
+    first = next(iter(left_out.values()))
+    log.warning("%d of %d clips are left out, such as %s", len(left_out), len(index), first)
+    return index.without(set(left_out))
+
+
+def caption_texts(record: CaptionRecord) -> dict[str, str]:
+    """The clip's text of each kind that it has."""
+    texts = {"global": record.global_caption, "multi_event": record.story.prompt() if record.story else ""}
+    return {kind: text for kind, text in texts.items() if text}
+
+
 class PlannedClips(Dataset):
     """What the workers run: a planned batch -> its clips, or the error that stopped them, as a value."""
 
@@ -135,12 +165,7 @@ class PlannedClips(Dataset):
     def _load(self, number: int, epoch: int) -> LoadedClip:
         row = self.index.row(number)
         frames = frames_to_tensor(self.reader.frames(row))
-        record = self.reader.caption(row)
-        texts = {
-            "global": record.global_caption,
-            "multi_event": record.story.prompt() if record.story else "",
-        }
-        captions = {kind: text for kind, text in texts.items() if text}
+        captions = caption_texts(self.reader.caption(row))
         return LoadedClip(row.key, epoch, frames, row.conditions, captions)
 
 

@@ -24,6 +24,7 @@ from omegaconf import MISSING
 
 from conf.command import Stopped, run
 from storyanchors.attention import describe_kernel
+from storyanchors.caption_encoder import load_token_counter
 from storyanchors.dit import StoryDiT
 from storyanchors.lora import add_lora, cast_base, has_lora
 from storyanchors.weights import load_base_weights
@@ -32,7 +33,7 @@ from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_index import ClipIndex
 from train.data_plan import plan_batch, stable_hash
 from train.ema import EmaConfig
-from train.loader import DataConfig, PlannedClips, PlannedLoader, PlanSampler
+from train.loader import DataConfig, PlannedClips, PlannedLoader, PlanSampler, leave_out_uncuttable
 from train.optimizer import OptimizerConfig
 from train.parts import (
     CODEC,
@@ -55,7 +56,7 @@ from train.run_folder import (
     write_provenance,
     write_settings,
 )
-from train.stage import StageConfig
+from train.stage import CAPTION_KINDS, StageConfig
 from train.stop_signals import StopFlag
 from train.story_module import StoryModule
 from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
@@ -164,10 +165,11 @@ def report(line: str) -> None:
 
 
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
-    """(to train on, held out): the clips with this stage's kind of caption."""
-    train_clips, held_out = (
-        ClipIndex.open(config.data.dataset).with_caption(config.stage.caption).split(config.data.holdout)
-    )
+    """(to train on, held out): the clips with this stage's kind of caption, where an encoder takes it."""
+    clips = ClipIndex.open(config.data.dataset).with_caption(config.stage.caption)
+    kinds = CAPTION_KINDS if config.stage.other_caption_share else (config.stage.caption,)
+    clips = leave_out_uncuttable(clips, kinds, load_token_counter(config.model.caption_encoder))
+    train_clips, held_out = clips.split(config.data.holdout)
     if not len(train_clips):
         raise ValueError(
             f"data.holdout={config.data.holdout} leaves no clip of {config.data.dataset} to train on"

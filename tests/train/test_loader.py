@@ -3,14 +3,16 @@
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
+from storyanchors.caption_encoder import WordEncoder
 from storyanchors.clip import frames_to_tensor
 from storyanchors.story_world import from_story, render_frame
 from train.clip_index import ClipIndex
 from train.data_plan import PlannedBatch, PlannedClip
-from train.loader import BrokenSample, ClipReader, PlannedClips
+from train.loader import BrokenSample, ClipReader, PlannedClips, leave_out_uncuttable
 
 
 @pytest.fixture
@@ -81,3 +83,28 @@ def test_tokens_are_counted_from_the_index(dataset):
     index = ClipIndex.open(dataset)
     frames = np.array(index.table["num_frames"])
     assert (index.num_tokens(8) == frames * 64).all()
+
+
+class ShortSighted(WordEncoder):
+    """Takes so few words that of two events at most one fits."""
+
+    def __init__(self, max_tokens: int):
+        self.max_tokens = max_tokens
+
+
+def test_captions_that_no_cutting_makes_short_enough_are_left_out_where_they_were_counted(dataset, caplog):
+    index = ClipIndex.open(dataset)
+    reader = ClipReader(dataset)
+    texts = [reader.caption(index.row(number)).story.prompt() for number in range(len(index))]
+    shortest = min(WordEncoder().count_tokens(text) for text in texts)
+
+    assert leave_out_uncuttable(index, ["multi_event"], ShortSighted(3)) is index  # none were counted
+    column = index.table.column_names.index("story_tokens")
+    counts = pa.array([WordEncoder().count_tokens(text) for text in texts], pa.int32())
+    counted = ClipIndex(dataset, index.table.set_column(column, "story_tokens", counts))
+    assert len(leave_out_uncuttable(counted, ["multi_event"], ShortSighted(shortest - 1))) == len(
+        index
+    )  # cut
+    assert "left out" not in caplog.text
+    assert not len(leave_out_uncuttable(counted, ["multi_event"], ShortSighted(3)))
+    assert f"{len(index)} of {len(index)} clips are left out, such as {index.row(0).key}: " in caplog.text
