@@ -1,4 +1,4 @@
-"""Labels thousands of clips over HTTP while servers fail in every way and the process is killed, and audits it.
+"""Labels thousands of clips over HTTP while servers fail in every way and the process is killed; audits it.
 
 python benchmarks/labeling_faults.py --clips 2000 --kills 20
 
@@ -62,8 +62,8 @@ def report(title: str, audits: list[Audit]) -> None:
     for audit in audits:
         statuses = ", ".join(f"{number} {status}" for status, number in audit.statuses.most_common())
         print(
-            f"  {audit.stage}: {statuses}; {audit.requests} requests, {audit.starts} starts, {audit.kills} kills, "
-            f"{audit.seconds:.0f} s"
+            f"  {audit.stage}: {statuses}; {audit.requests} requests, {audit.starts} starts, "
+            f"{audit.kills} kills, {audit.seconds:.0f} s"
         )
         print(
             f"    servers charged {audit.server_usd:.6f} USD, the ledger has {audit.ledger_usd:.6f}, "

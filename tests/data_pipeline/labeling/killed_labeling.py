@@ -15,11 +15,13 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from conf.command import STOPPED, Stopped
+from data_pipeline.captions import read_captions
 from data_pipeline.dataset import FRAMES_FOLDER
 from data_pipeline.labeling.exact_labeler import exact_script
 from data_pipeline.labeling.ledger import ANSWERED, count_money, ledger_files, read_lines
@@ -29,6 +31,7 @@ from data_pipeline.labeling.runner import LabelingConfig, run_stage
 from data_pipeline.labeling.schemas import EventsAnswer, GlobalCaptionAnswer, StoryAnswer
 from data_pipeline.labeling.stages import open_stage
 from data_pipeline.shard_reader import finished_shards, read_clips, read_marker
+from storyanchors.clip import frame_member
 from storyanchors.vlm import VlmConfig, VlmRequest, VlmUsage
 from tests.vlm_servers import (
     FAULTS,
@@ -50,8 +53,9 @@ STAGES = {
 }
 FIRST_MODEL = {"global": "openai", "events": "gemini", "story": "gemini"}  # the other one is the fallback
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-HANG_S, TIMEOUT_S = 60.0, 3.0
+HANG_S = 60.0
 _FRAME = re.compile(r"Frame (\d+)")
+_NUM_FRAMES = re.compile(r"The clip has (\d+) frames")
 
 
 @dataclass
@@ -143,26 +147,34 @@ class Answering:
 
     def __init__(self, dataset: Path):
         self.script = exact_script(dataset)
-        self.keys: dict[bytes, set[str]] = {}
+        self.places: dict[tuple[bytes, int], set[str]] = {}  # a picture as frame k -> clips
+        self.num_frames: dict[str, int] = {}
+        self.told = {  # clips of the same representative frames differ in what happens between
+            line.record.key: {event.description for event in line.record.story.events}
+            for shard in finished_shards(dataset / FRAMES_FOLDER)
+            for line in read_captions(dataset, "truth", shard)
+        }
         frames = dataset / FRAMES_FOLDER
         for shard in finished_shards(frames):
             for key, members in read_clips(frames, read_marker(frames, shard)):
-                for content in members.values():
-                    self.keys.setdefault(sha256(content).digest(), set()).add(key)
-        self.num_frames = {}
-        for shard in finished_shards(frames):
-            for key, members in read_clips(frames, read_marker(frames, shard)):
                 self.num_frames[key] = len(members) - 1
+                for number in range(1, len(members)):
+                    place = sha256(members[frame_member(number)]).digest(), number
+                    self.places.setdefault(place, set()).add(key)
 
     def name(self, parts: Parts) -> str:
         """The name of the request, with /repair for a repair turn."""
         [stage] = [stage for stage, (prompt, _) in STAGES.items() if prompt.text == parts[0]]
-        pictures = [part for part in parts if isinstance(part, bytes)]
-        [key] = set.intersection(*(self.keys[sha256(picture).digest()] for picture in pictures))
         shown = [
-            int(match[1]) for part in parts if isinstance(part, str) and (match := _FRAME.fullmatch(part))
+            (int(_FRAME.search(text)[1]), picture)
+            for text, picture in pairwise(parts)
+            if isinstance(picture, bytes)
         ]
-        first, last = (min(shown), max(shown)) if stage == "events" else (1, self.num_frames[key])
+        keys = set.intersection(*(self.places[sha256(picture).digest(), number] for number, picture in shown))
+        num_frames = int(_NUM_FRAMES.search(parts[1])[1])
+        told = {text for text in parts[3::3] if stage == "story" and isinstance(text, str)}
+        [key] = [key for key in keys if self.num_frames[key] == num_frames and told <= self.told[key]]
+        first, last = (shown[0][0], shown[-1][0]) if stage == "events" else (1, num_frames)
         repair = "/repair" if str(parts[-1]).startswith("You answered this before.") else ""
         return f"{key}/{stage}/{first}-{last}{repair}"
 
@@ -174,8 +186,11 @@ class Answering:
 class RecordingServer:
     """A server of one protocol, and the name of every request that it charged for, in order."""
 
-    def __init__(self, stack: ExitStack, protocol: str, answering: Answering, rate: float, seed: int):
+    def __init__(
+        self, stack: ExitStack, protocol: str, answering: Answering, rate: float, seed: int, timeout_s: float
+    ):
         self.charged: list[str] = []
+        self.timeout_s = timeout_s
 
         def answer(parts: Parts) -> str:
             self.charged.append(answering.name(parts))
@@ -201,7 +216,7 @@ class RecordingServer:
             model="m",
             base_url=self.server.url,
             api_key_env=KEY_NAME,
-            timeout_s=TIMEOUT_S,
+            timeout_s=self.timeout_s,
             input_usd_per_million=INPUT_USD_PER_MILLION,
             output_usd_per_million=OUTPUT_USD_PER_MILLION,
             price_date="2026-11-21",
@@ -209,7 +224,14 @@ class RecordingServer:
 
 
 def label_all(
-    dataset: Path, run: str, *, rate: float, num_kills: int, num_requests: dict[str, int], seed: int = 0
+    dataset: Path,
+    run: str,
+    *,
+    rate: float,
+    num_kills: int,
+    num_requests: dict[str, int],
+    timeout_s: float = 3.0,
+    seed: int = 0,
 ) -> list[Audit]:
     """All three stages with every fault at that rate and that many kills; ends when all clips have labels.
 
@@ -225,7 +247,8 @@ def label_all(
             with ExitStack() as stack:
                 protocols = sorted(("gemini", "openai"), key=lambda protocol: protocol != FIRST_MODEL[stage])
                 servers = [
-                    RecordingServer(stack, protocol, answering, rate, seed + number) for protocol in protocols
+                    RecordingServer(stack, protocol, answering, rate, seed + number, timeout_s)
+                    for protocol in protocols
                 ]
                 kills = [moment - before for moment in moments if before <= moment < before + expected]
                 audits.append(_label_stage(labelers, dataset, run, stage, servers, kills))
