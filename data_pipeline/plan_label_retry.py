@@ -1,8 +1,8 @@
 """Prints the tasks of a labeling run that have shards left, as the list of a Slurm array; else nothing.
 
-python data_pipeline/plan_label_retry.py dataset=DATASET run=NAME stage=events
+python data_pipeline/plan_label_retry.py dataset=DATASET run=NAME labels=events
 
-sbatch --array=$(python data_pipeline/plan_label_retry.py dataset=DATASET run=NAME stage=events) \\
+sbatch --array=$(python data_pipeline/plan_label_retry.py dataset=DATASET run=NAME labels=events) \\
     slurm/label_shards.sbatch label_events dataset=DATASET run=NAME vlm=gemini
 """
 
@@ -20,21 +20,21 @@ from data_pipeline.labeling.partition import STAGES, missing_tasks, read_run, ta
 class PlanLabelRetryConfig:
     dataset: str = MISSING
     run: str = MISSING
-    stage: str = MISSING  # global | events | story
+    labels: str = MISSING  # global | events | story
 
     def __post_init__(self):
-        if self.stage not in STAGES:
-            raise ValueError(f"stage is {self.stage!r}, expected one of {', '.join(STAGES)}")
+        if self.labels not in STAGES:
+            raise ValueError(f"labels is {self.labels!r}, expected one of {', '.join(STAGES)}")
 
 
 def main(config: PlanLabelRetryConfig) -> None:
     dataset = Path(config.dataset)
     read_run(dataset, config.run)
-    missing = missing_tasks(dataset, config.run, config.stage)
+    missing = missing_tasks(dataset, config.run, config.labels)
     if missing:
         print(task_ranges(missing))
     else:
-        print(f"every shard of {dataset} has its {config.stage} labels in run {config.run}", file=sys.stderr)
+        print(f"every shard of {dataset} has its {config.labels} labels in run {config.run}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.command import Stopped
+from conf.command import Stopped, read_config
 from data_pipeline.labeling.ledger import ShardLedger
 from data_pipeline.labeling.partition import labels_folder, read_run
 from data_pipeline.labeling.runner import LabelingConfig, run_stage
@@ -34,7 +34,8 @@ def label(dataset: Path, **settings) -> None:
 
 def retry_plan(dataset: Path, capsys) -> str:
     capsys.readouterr()
-    main(PlanLabelRetryConfig(str(dataset), "r", "global"))
+    words = [f"dataset={dataset}", "run=r", "labels=global"]
+    main(read_config(PlanLabelRetryConfig, "plan_label_retry", words))
     return capsys.readouterr().out.strip()
 
 
@@ -62,3 +63,8 @@ def test_the_status_agrees_with_the_ledger(begun):
 def test_a_run_that_is_not_there_is_an_error_that_names_those_that_are(begun):
     with pytest.raises(ValueError, match="no labeling run 'other', found r"):
         describe_run(begun, "other", now=0.0)
+
+
+def test_labels_of_no_kind_are_refused():
+    with pytest.raises(ValueError, match="labels is 'event', expected one of global, events, story"):
+        PlanLabelRetryConfig("d", "r", "event")

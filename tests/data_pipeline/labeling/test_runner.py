@@ -1,4 +1,6 @@
+import logging
 import os
+import pickle
 import signal
 from pathlib import Path
 
@@ -11,8 +13,15 @@ from data_pipeline.labeling.findings import Finding
 from data_pipeline.labeling.ledger import count_money, ledger_files
 from data_pipeline.labeling.partition import label_lines, labels_folder, read_run
 from data_pipeline.labeling.runner import LabelingConfig, run_stage
-from storyanchors.vlm import VlmConfig
-from tests.data_pipeline.labeling.stages_for_tests import Captions, CountingScript, write_dataset
+from storyanchors.vlm import VlmConfig, VlmRequest
+from tests.data_pipeline.labeling.stages_for_tests import (
+    Caption,
+    Captions,
+    CountingScript,
+    answer,
+    write_dataset,
+)
+from tests.vlm_servers import KEY, serve
 
 SCRIPTED = dict(
     backend="scripted", input_usd_per_million=1.0, output_usd_per_million=4.0, price_date="2026-11-21"
@@ -246,3 +255,27 @@ def test_a_task_runs_once_at_a_time(dataset, monkeypatch):
     with partition.locked(labels_folder(dataset, "first") / "tasks/global.0.lock", "busy"):
         with pytest.raises(ValueError, match="task 0 of run 'first' is running already"):
             run_stage(config(dataset), Captions(), script=CountingScript())
+
+
+def test_the_key_is_in_no_file_log_or_error(dataset, monkeypatch, caplog, capfd):
+    """The server shows the key in its error pages and in its refusal of a wrong one."""
+    monkeypatch.setenv("KEY_OF_TEST", KEY)
+    caplog.set_level(logging.DEBUG)
+    with serve(
+        "openai", lambda parts: answer(VlmRequest("", parts, Caption)), faults={"html": 0.3}
+    ) as server:
+        vlm = VlmConfig("openai", "m", base_url=server.url, api_key_env="KEY_OF_TEST")
+        settings = LabelingConfig(str(dataset), "first", vlm, back_off_s=1e-3)
+        run_stage(settings, Captions())
+        assert server.count("html") > 0 and len(content(dataset)) == 3
+        (dataset / "labels/first/global/000001.jsonl").unlink()
+        for path in ledger_files(labels_folder(dataset, "first"), "global"):
+            path.unlink()
+        monkeypatch.setenv("KEY_OF_TEST", wrong := KEY + "-wrong")
+        with pytest.raises(ValueError, match="no request can succeed") as caught:
+            run_stage(settings, Captions())
+    assert wrong not in str(caught.value) and KEY.encode() not in pickle.dumps(caught.value)
+    assert KEY not in caplog.text and KEY not in "".join(capfd.readouterr())
+    for path in (dataset / "labels").rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+    assert b"KEY_OF_TEST" not in (dataset / "labels/first/run.json").read_bytes()
