@@ -4,7 +4,7 @@ python benchmarks/labeling_faults.py --clips 2000 --kills 20
 
 The story world goes through all three stages twice, once undisturbed. The servers of tests/vlm_servers.py
 speak OpenAI's protocol (global) and Gemini's through Google's SDK (events, story), each with the other one to
-fall back on. Every fault comes at 5 % of the requests, faults of an answer once per question at most: a
+fall back on for what it refuses. Every fault comes at 5 % of the requests, faults of an answer once per question at most: a
 second one is rightly a quarantine. SIGKILL comes at random numbers of requests.
 """
 
@@ -70,10 +70,8 @@ def report(title: str, audits: list[Audit]) -> None:
             f"{audit.lost_usd:.6f} were of {audit.lost} answers lost with a killed process "
             f"({audit.in_doubt} requests in doubt); difference {audit.balance:.9f}"
         )
-        print(
-            f"    answers in the ledger twice: {audit.repeated}; good answers given again because the first "
-            f"was lost: {audit.again}"
-        )
+        print(f"    answers twice in the ledger of a shard: {audit.repeated}")
+        print(f"    good answers given again because the first was lost: {audit.again}", flush=True)
     faults = sum((audit.faults for audit in audits), Counter())
     if faults:
         print(

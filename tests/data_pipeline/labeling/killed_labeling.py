@@ -13,7 +13,7 @@ import signal
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from itertools import pairwise
 from multiprocessing import get_context
@@ -45,6 +45,7 @@ from tests.vlm_servers import (
 )
 
 ENDING = ("rate_limit_per_day", "redirect")  # faults that rightly end a run
+BLOCKS = ("blocked_question", "blocked_answer")  # what one refuses, the other one answers
 KEY_NAME = "STORYANCHORS_TEST_KEY"
 STAGES = {
     "global": (GLOBAL_CAPTION, GlobalCaptionAnswer),
@@ -74,7 +75,7 @@ class Audit:
     lost_usd: float = 0.0
     in_doubt: int = 0  # requests of which the ledger knows that it does not know
     again: int = 0  # good answers that a server gave a second time, because the first was lost
-    repeated: int = 0  # answers that the ledger holds twice
+    repeated: int = 0  # answers that the ledger of a shard holds twice
     statuses: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -149,6 +150,7 @@ class Answering:
         self.script = exact_script(dataset)
         self.places: dict[tuple[bytes, int], set[str]] = {}  # a picture as frame k -> clips
         self.num_frames: dict[str, int] = {}
+        self.twins: dict[str, str] = {}  # names of requests that cannot be told apart -> the first of them
         self.told = {  # clips of the same representative frames differ in what happens between
             line.record.key: {event.description for event in line.record.story.events}
             for shard in finished_shards(dataset / FRAMES_FOLDER)
@@ -173,10 +175,14 @@ class Answering:
         keys = set.intersection(*(self.places[sha256(picture).digest(), number] for number, picture in shown))
         num_frames = int(_NUM_FRAMES.search(parts[1])[1])
         told = {text for text in parts[3::3] if stage == "story" and isinstance(text, str)}
-        [key] = [key for key in keys if self.num_frames[key] == num_frames and told <= self.told[key]]
+        keys = {key for key in keys if self.num_frames[key] == num_frames}
+        keys = {key for key in keys if told <= self.told[key]} or keys
         first, last = (shown[0][0], shown[-1][0]) if stage == "events" else (1, num_frames)
         repair = "/repair" if str(parts[-1]).startswith("You answered this before.") else ""
-        return f"{key}/{stage}/{first}-{last}{repair}"
+        rest = f"{stage}/{first}-{last}{repair}"
+        if len(keys) > 1:  # two stories that look the same in these frames are one question
+            self.twins |= {f"{key}/{rest}": f"{min(keys)}/{rest}" for key in keys}
+        return f"{min(keys)}/{rest}"
 
     def answer(self, parts: Parts) -> str:
         name = self.name(parts)
@@ -187,7 +193,14 @@ class RecordingServer:
     """A server of one protocol, and the name of every request that it charged for, in order."""
 
     def __init__(
-        self, stack: ExitStack, protocol: str, answering: Answering, rate: float, seed: int, timeout_s: float
+        self,
+        stack: ExitStack,
+        protocol: str,
+        answering: Answering,
+        rate: float,
+        seed: int,
+        timeout_s: float,
+        is_fallback: bool,
     ):
         self.charged: list[str] = []
         self.timeout_s = timeout_s
@@ -196,7 +209,8 @@ class RecordingServer:
             self.charged.append(answering.name(parts))
             return answering.answer(parts)
 
-        faults = {fault: rate for fault in FAULTS if fault not in ENDING} if rate else {}
+        without = ENDING + BLOCKS if is_fallback else ENDING
+        faults = {fault: rate for fault in FAULTS if fault not in without} if rate else {}
         self.server: VlmServer = stack.enter_context(
             serve(
                 protocol,
@@ -230,7 +244,7 @@ def label_all(
     rate: float,
     num_kills: int,
     num_requests: dict[str, int],
-    timeout_s: float = 3.0,
+    timeout_s: float = 1.0,
     seed: int = 0,
 ) -> list[Audit]:
     """All three stages with every fault at that rate and that many kills; ends when all clips have labels.
@@ -247,17 +261,31 @@ def label_all(
             with ExitStack() as stack:
                 protocols = sorted(("gemini", "openai"), key=lambda protocol: protocol != FIRST_MODEL[stage])
                 servers = [
-                    RecordingServer(stack, protocol, answering, rate, seed + number, timeout_s)
+                    RecordingServer(
+                        stack,
+                        protocol,
+                        answering,
+                        rate,
+                        seed + number,
+                        timeout_s,
+                        protocol != FIRST_MODEL[stage],
+                    )
                     for protocol in protocols
                 ]
                 kills = [moment - before for moment in moments if before <= moment < before + expected]
-                audits.append(_label_stage(labelers, dataset, run, stage, servers, kills))
+                audits.append(_label_stage(labelers, dataset, run, stage, servers, kills, answering))
             before += expected
     return audits
 
 
 def _label_stage(
-    labelers: Labelers, dataset: Path, run: str, stage: str, servers: list[RecordingServer], kills: list[int]
+    labelers: Labelers,
+    dataset: Path,
+    run: str,
+    stage: str,
+    servers: list[RecordingServer],
+    kills: list[int],
+    answering: Answering,
 ) -> Audit:
     first, *others = [server.config() for server in servers]
     config = LabelingConfig(
@@ -279,17 +307,22 @@ def _label_stage(
         if status not in (-signal.SIGKILL, STOPPED) or audit.starts > 200:
             raise AssertionError(f"{stage}: status {status}: {(dataset / 'log.txt').read_text()[-2000:]}")
     audit.seconds = time.monotonic() - began
-    _compare(audit, dataset, run, servers)
+    _compare(audit, dataset, run, servers, answering.twins)
     return audit
 
 
-def _compare(audit: Audit, dataset: Path, run: str, servers: list[RecordingServer]) -> None:
+def _compare(
+    audit: Audit, dataset: Path, run: str, servers: list[RecordingServer], twins: dict[str, str]
+) -> None:
     """Every charge of a server must be a line of the ledger, or a request that the ledger calls in doubt."""
     folder = labels_folder(dataset, run)
     money = count_money(folder, audit.stage)
-    lines = [line for path in ledger_files(folder, audit.stage) for line in read_lines(path)]
-    answered = Counter(line.key for line in lines if line.status in ANSWERED)
-    audit.repeated = answered.total() - len(answered)
+    lines, answered = [], Counter()
+    for path in ledger_files(folder, audit.stage):
+        for line in read_lines(path):
+            lines.append(replace(line, request=twins.get(line.request, line.request)))
+            answered[path.name.split(".")[0], line.key] += line.status in ANSWERED
+    audit.repeated = sum(number - 1 for number in answered.values() if number > 1)
     written = Counter((line.request, line.usage) for line in lines if line.usage != VlmUsage())
     charged = Counter()
     for one in servers:
@@ -299,11 +332,17 @@ def _compare(audit: Audit, dataset: Path, run: str, servers: list[RecordingServe
         audit.requests += one.server.num_requests
         audit.server_usd += one.server.usd
         audit.faults.update(request.fault for request in one.server.served if request.fault)
-        successes = Counter(request.key for request in served if request.fault in ("", "fenced"))
+        successes = Counter(
+            request.key
+            for name, request in zip(one.charged, served)
+            if request.fault in ("", "fenced") and name not in twins
+        )
         audit.again += successes.total() - len(successes)
     invented, lost = written - charged, charged - written
     assert not invented, f"the ledger has what no server charged: {invented}"
-    doubtful = Counter(money.in_doubt) + Counter(line.request for line in lines if line.finish == "timeout")
+    doubtful = Counter(twins.get(name, name) for name in money.in_doubt) + Counter(
+        line.request for line in lines if line.finish == "timeout"
+    )
     unknown: Counter[str] = Counter()
     for (name, _), number in lost.items():
         unknown[name] += number
