@@ -4,8 +4,8 @@ python benchmarks/labeling_faults.py --clips 2000 --kills 20
 
 The story world goes through all three stages twice, once undisturbed. The servers of tests/vlm_servers.py
 speak OpenAI's protocol (global) and Gemini's through Google's SDK (events, story), each with the other one to
-fall back on for what it refuses. Every fault comes at 5 % of the requests, faults of an answer once per question at most: a
-second one is rightly a quarantine. SIGKILL comes at random numbers of requests.
+fall back on for what it refuses. Every fault comes at 5 % of the requests; faults of an answer come once per
+question at most, since a second one is rightly a quarantine. SIGKILL comes at random numbers of requests.
 """
 
 import argparse
