@@ -12,4 +12,6 @@ train global_caption 200 stage1 optimizer.final_lr_scale=1
 train multi_event 2600 stage2 init_from=$run/stage1 stage.other_caption_share=0.05 optimizer.final_lr_scale=1
 train continuation 1500 stage3 init_from=$run/stage2 stage.other_caption_share=0.05 stage.lr_scale=1 \
     optimizer.decay_share=0.6
-python train/export_weights.py run_dir=$run/stage3 out=$run/model dtype=bfloat16 num_steps=12 guidance_scale=2
+train continuation 5800 stage4 init_from=$run/stage3 stage.other_caption_share=0.05 stage.lr_scale=1 \
+    optimizer.decay_share=0.2666
+python train/export_weights.py run_dir=$run/stage4 out=$run/model dtype=bfloat16 num_steps=12 guidance_scale=2
