@@ -132,9 +132,10 @@ def test_our_own_folder_comes_back_exactly(dit, config, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_refused_by_name(dit, wan, tmp_path):
+    spoiled = copy.deepcopy(wan)
     with torch.no_grad():
-        wan.blocks[0].attn1.to_k.weight[0, 0] = torch.nan
-    wan.save_pretrained(tmp_path / "nan")
+        spoiled.blocks[0].attn1.to_k.weight[0, 0] = torch.nan
+    spoiled.save_pretrained(tmp_path / "nan")
     with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_k\.weight holds numbers that are not finite"):
         load_base_weights(dit, tmp_path / "nan")
 
