@@ -1,3 +1,4 @@
+import copy
 import json
 import resource
 import shutil
