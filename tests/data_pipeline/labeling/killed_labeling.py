@@ -15,6 +15,7 @@ from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from importlib import import_module
 from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -112,6 +113,7 @@ class Labelers:
 
 def _fork_on_order(orders: Connection) -> None:
     _die_with(os.getppid())
+    import_module("storyanchors.vlm.gemini")  # Google's SDK takes a second, here once
     while (order := orders.recv()) is not None:
         parent, pid = os.getpid(), os.fork()
         if pid == 0:

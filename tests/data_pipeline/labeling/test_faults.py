@@ -16,7 +16,7 @@ def test_faults_and_kills_change_no_label_and_no_answer_is_paid_twice(tmp_path):
     )
     num_requests = {"global": 6, "events": 8, "story": 6}
     clean = label_all(dataset, "clean", rate=0.0, num_kills=0, num_requests=num_requests)
-    hurt = label_all(dataset, "hurt", rate=0.05, num_kills=3, num_requests=num_requests)
+    hurt = label_all(dataset, "hurt", rate=0.05, num_kills=3, num_requests=num_requests, timeout_s=0.4)
     assert all(set(audit.statuses) <= {"ok", "warned"} for audit in clean)
     assert sum(audit.kills for audit in hurt) == 3 and sum(audit.faults.total() for audit in hurt) > 5
     for audit in clean + hurt:
