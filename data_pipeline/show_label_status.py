@@ -80,7 +80,8 @@ def _describe_stage(
 
 def _describe_speed(money: Money, settled: int, num_requests: int, num_clips: int, now: float) -> str:
     """Hours are told once a shard has shown how many requests a clip takes."""
-    per_second = money.num_recent / RECENT_S
+    begun = max(money.earliest, now - RECENT_S)
+    per_second = money.num_recent / max(1.0, money.latest - begun)
     speed = (
         f"  last 10 minutes: {per_second:.2f} answers per second, the last one {now - money.latest:.0f} s ago"
     )

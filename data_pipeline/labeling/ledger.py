@@ -7,6 +7,7 @@ is there and has no reply is in doubt, its money may be spent.
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
@@ -74,7 +75,8 @@ class Money:
     in_doubt: list[str] = field(default_factory=list)  # their names
     in_doubt_usd: float = 0.0
     statuses: Counter[str] = field(default_factory=Counter)
-    latest: float = 0.0  # when the last reply came, in seconds since 1970
+    earliest: float = math.inf  # when the first of the recent ones was sent, in seconds since 1970
+    latest: float = 0.0  # when the last reply came
     num_recent: int = 0  # requests answered since the time that was asked for
 
 
@@ -136,7 +138,9 @@ def count_money(
                 money.usd += line.usd
                 money.statuses[line.status] += 1
                 money.latest = max(money.latest, line.started + line.seconds)
-                money.num_recent += line.status in ANSWERED and line.started + line.seconds >= since
+                if line.status in ANSWERED and line.started + line.seconds >= since:
+                    money.num_recent += 1
+                    money.earliest = min(money.earliest, line.started)
         money.in_doubt += [one.request for one in sent.values()]
         money.in_doubt_usd += sum(one.usd for one in sent.values())
     return money

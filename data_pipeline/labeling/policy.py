@@ -114,6 +114,9 @@ class Concurrency:
                 place.set_result(None)
 
 
+MAX_UNANSWERED = 24  # of the first requests of a task
+
+
 class Policy:
     """All that requests of one task share. `ending` is why the run ends, once it does."""
 
@@ -134,6 +137,8 @@ class Policy:
         self._gate = asyncio.Lock()  # who waits for rates and money waits in line
         self._not_before, self._num_halvings = self._clock.now(), 0
         self._problems: deque[str] = deque(maxlen=FAILURE_WINDOW)
+        self._num_unanswered: int | None = 0  # None once the server has answered anything
+        self.last_failure = ""  # why a request was not answered, for whoever watches
         now = self._clock.now()
         minute, ten = 60.0, 600.0
         self._requests = limits.requests_per_minute and TokenBucket(limits.requests_per_minute, minute, now)
@@ -191,6 +196,7 @@ class Policy:
     def heed(self, reply: VlmReply, num_halvings: int) -> None:
         """What a reply says about the requests after it; its own was sent after so many halvings."""
         now = self._clock.now()
+        self._note_failure(reply)
         if reply.status == "fatal" and reply.finish == DENIED:
             self.end(ValueError(f"no request can succeed: {reply.detail}"))
         elif reply.status == "transient" and "perday" in reply.quota.lower():
@@ -202,6 +208,18 @@ class Policy:
                 self._num_halvings += 1
         elif reply.status != "transient":
             self.concurrency.speed_up()
+
+    def _note_failure(self, reply: VlmReply) -> None:
+        """A server that answers nothing from the beginning is a wrong address, not bad luck."""
+        if reply.status != "transient":
+            self._num_unanswered = None
+            return
+        self.last_failure = reply.detail
+        if self._num_unanswered is None or reply.retry_after_s is not None or "429" in reply.finish:
+            return
+        self._num_unanswered += 1
+        if self._num_unanswered >= MAX_UNANSWERED:
+            self.end(ValueError(f"none of the first {MAX_UNANSWERED} requests was answered: {reply.detail}"))
 
     def _settle(self, reserved: "Reservation", usage: VlmUsage, usd: float) -> None:
         self.reserved.discard(reserved)

@@ -392,6 +392,8 @@ async def _label(config: LabelingConfig, stage: Stage, shards: list[str], script
         settled = settled_shards(dataset, config.run, stage.name)
         missing = [shard for shard in own if shard not in settled]
         _check_earlier(dataset, config.run, stage.name, missing)
+        if not missing:
+            print(f"nothing to do: {len(own)} shards are of task {task}, all with {stage.name} labels")
         busy = f"task {task} of run {config.run!r} is running already"
         with locked(folder / "tasks" / f"{stage.name}.{task}.lock", busy):
             spent = count_money(folder, stage.name, own) if config.max_usd is not None else None
@@ -477,6 +479,7 @@ def _print_progress(labeling: _Labeling, total: int, seconds: float) -> None:
         "in_flight": labeling.policy.concurrency.in_flight,
         "seconds": round(seconds),
         "seconds_left": round(seconds * (total - done) / done) if done else None,
+        **({"last_failure": labeling.policy.last_failure} if labeling.policy.last_failure else {}),
     }
     print(json.dumps(record), file=sys.stderr, flush=True)
 
@@ -500,6 +503,9 @@ async def _print_estimate(
     config: LabelingConfig, stage: Stage, shards: list[str], script: Script | None
 ) -> None:
     """What the whole dataset would take at most, from the first clips of shards spread over it."""
+    for one in (config.vlm, *config.fallback):  # nothing is sent, so any key will do
+        if one.api_key_env:
+            os.environ.setdefault(one.api_key_env, "dry-run")
     vlms = _open(config, script)
     sampled = Sampled(vlms[0])
     dataset, frames = Path(config.dataset), Path(config.dataset) / FRAMES_FOLDER

@@ -35,7 +35,9 @@ def open_vlm(config: VlmConfig, *, script: Callable[[VlmRequest], str] | None = 
     """
     if config.backend == "scripted":
         if script is None:
-            raise ValueError(f"vlm.backend=scripted asks a function, and there is none named {config.model}")
+            raise ValueError(
+                "vlm.backend=scripted needs a script; the labeling commands have script=story_world"
+            )
         return ScriptedVlm(config, script)
     if config.backend == "replay":
         return ReplayVlm(config)

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from conf.command import Stopped
-from data_pipeline.labeling.policy import Clock, Ended, Limits, Policy, TokenBucket
+from data_pipeline.labeling.policy import MAX_UNANSWERED, Clock, Ended, Limits, Policy, TokenBucket
 from storyanchors.vlm import DENIED, VlmReply, VlmUsage
 
 
@@ -213,3 +213,22 @@ def test_who_waits_learns_of_the_end_at_once():
             return await asyncio.gather(*waiting, return_exceptions=True)
 
     assert [type(result) for result in asyncio.run(main())].count(Ended) == 7  # the first was sent
+
+
+def test_a_server_that_answers_nothing_from_the_beginning_ends_the_run_with_its_reason():
+    refused = reply("transient", finish="ConnectError", detail="all connection attempts failed")
+    rules = policy(FakeTime())
+    for _ in range(MAX_UNANSWERED):
+        assert rules.ending is None
+        rules.heed(refused, 0)
+    assert str(rules.ending) == "none of the first 24 requests was answered: all connection attempts failed"
+
+
+def test_a_server_that_has_answered_once_or_asks_to_wait_may_fail_longer():
+    refused, busy = reply("transient", finish="500"), reply("transient", finish="429", retry_after_s=1.0)
+    answered, asked_to_wait = policy(FakeTime()), policy(FakeTime())
+    answered.heed(reply(), 0)
+    for _ in range(2 * MAX_UNANSWERED):
+        answered.heed(refused, 0)
+        asked_to_wait.heed(busy, 0)
+    assert answered.ending is None and asked_to_wait.ending is None

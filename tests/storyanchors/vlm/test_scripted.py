@@ -29,7 +29,7 @@ def test_a_script_answers_and_is_charged_by_length():
 
 
 def test_a_script_has_to_be_there():
-    with pytest.raises(ValueError, match="no"):
+    with pytest.raises(ValueError, match="script=story_world"):
         open_vlm(VlmConfig("scripted", "other"))
 
 
