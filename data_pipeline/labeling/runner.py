@@ -503,10 +503,14 @@ async def _print_estimate(
     config: LabelingConfig, stage: Stage, shards: list[str], script: Script | None
 ) -> None:
     """What the whole dataset would take at most, from the first clips of shards spread over it."""
-    for one in (config.vlm, *config.fallback):  # nothing is sent, so any key will do
-        if one.api_key_env:
-            os.environ.setdefault(one.api_key_env, "dry-run")
-    vlms = _open(config, script)
+    names = {one.api_key_env for one in (config.vlm, *config.fallback) if one.api_key_env}
+    absent = names - os.environ.keys()
+    os.environ |= dict.fromkeys(absent, "dry-run")  # nothing is sent, so any key will do
+    try:
+        vlms = _open(config, script)
+    finally:
+        for name in absent:
+            del os.environ[name]
     sampled = Sampled(vlms[0])
     dataset, frames = Path(config.dataset), Path(config.dataset) / FRAMES_FOLDER
     chosen = shards[:: max(1, len(shards) // NUM_SAMPLED)][:NUM_SAMPLED]

@@ -1,6 +1,7 @@
 """The labeling commands as a user calls them, on the story world and without a network."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -152,3 +153,13 @@ def test_a_budget_is_told_and_kept_with_the_label(command, small_world):
     run = json.loads((labels_folder(small_world, "a") / "run.json").read_bytes())
     assert run["stages"]["story"]["asked_with"]["caption_encoder"] == "words"
     assert "story-v1" in run["stages"]["story"]["prompts"]
+
+
+def test_a_dry_run_needs_no_key_and_leaves_none_behind(command, small_world, monkeypatch):
+    monkeypatch.delenv("LABELER_KEY", raising=False)
+    model = ["vlm=openai", "vlm.model=m", "vlm.base_url=http://127.0.0.1:9/v1", "vlm.api_key_env=LABELER_KEY"]
+    status, printed, _ = command(
+        "caption_globally", f"dataset={small_world}", "run=dry", *model, "dry_run=true"
+    )
+    assert status == 0 and "nothing was sent" in printed
+    assert "LABELER_KEY" not in os.environ and not (small_world / "labels" / "dry").exists()
