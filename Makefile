@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slow lint setup clean
 
 demo: setup
 	PATH="$(CURDIR)/$(BIN):$$PATH" ./demo.sh
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or slurm'
 
 lint: setup
 	$(BIN)/ruff format --check .
