@@ -28,7 +28,7 @@ from storyanchors.caption_encoder import load_token_counter
 from storyanchors.dit import StoryDiT
 from storyanchors.lora import add_lora, cast_base, has_lora
 from storyanchors.weights import load_base_weights
-from train.callbacks import MetricsLog, RunCheckpoints, StageProgress
+from train.callbacks import MetricsLog, StageProgress
 from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_index import ClipIndex
 from train.data_plan import plan_batch, stable_hash
@@ -46,6 +46,7 @@ from train.parts import (
     open_codec,
     save_own_parts,
 )
+from train.run_checkpoints import RunCheckpoints
 from train.run_folder import (
     check_base,
     describe_base,
