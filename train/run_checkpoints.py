@@ -47,6 +47,7 @@ class RunCheckpoints(Callback):
         self.last_step = 0
 
     def on_fit_start(self, trainer: L.Trainer, module: StoryModule) -> None:
+        module.set_up_state(trainer.optimizers[0])
         if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1:
             raise ValueError(
                 "strategy=deepspeed shards the optimizer, which checkpoints do not gather: use devices=1"
@@ -55,6 +56,7 @@ class RunCheckpoints(Callback):
             return
         state = self.resume_from.state
         trainer.optimizers[0].load_state_dict(self.resume_from.optimizer_state())
+        module.restore(self.resume_from)
         # Lightning has no setter; its own checkpoints restore global_step through the same two counters
         steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         steps.ready = steps.completed = self.last_step = state.step
@@ -90,7 +92,10 @@ class RunCheckpoints(Callback):
                 self.run_dir,
                 state,
                 model=trained_weights(module.dit),
-                ema=module.ema.state_dict(),
+                ema={
+                    fragment.name: average.view(fragment.shape)
+                    for fragment, average in zip(module.trained.fragments, module.ema.average, strict=True)
+                },
                 optimizer=trainer.optimizers[0].state_dict(),
                 dit_config=plain_config(module.dit),
             )

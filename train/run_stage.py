@@ -129,8 +129,8 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     if has_lora(module.dit):
         cast_base(module.dit, dtype)
     log_network(module.dit, trainer.strategy.root_device, dtype)
-    if resume_from:
-        module.restore(resume_from)
+    if resume_from:  # the loader begins there; the rest comes back when the strategy is set up
+        module.position = resume_from.state.position
     if rank_zero_only.rank == 0:
         write_settings(run_dir, asdict(config))
     first_step = resume_from.state.step if resume_from else 0

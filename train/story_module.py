@@ -15,12 +15,13 @@ from storyanchors.conditioning import stack_condition_channels
 from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flow import add_noise, flow_loss, velocity
-from train.checkpoints import Checkpoint, load_trained_weights
+from train.checkpoints import Checkpoint
 from train.ema import Ema, EmaConfig
 from train.loader import ClipBatch, LoadedClip
 from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
 from train.parts import CaptionEncoder, Codec
 from train.stage import ClipDraw, StageConfig, draw_clip, draw_noise
+from train.trained_state import TrainedState
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,9 @@ class NonFiniteGradients(ValueError):
 
 class StoryModule(L.LightningModule):
     """codec, caption_encoder and ema are plain objects: the optimizer and the strategy never see them."""
+
+    trained: TrainedState  # from set_up_state on
+    ema: Ema
 
     def __init__(
         self,
@@ -50,7 +54,7 @@ class StoryModule(L.LightningModule):
         self.caption_encoder = caption_encoder
         self.stage = stage
         self.optimizer_config = optimizer
-        self.ema = Ema(dit.named_parameters(), ema.decay)
+        self.ema_config = ema
         self.sigma_shift = sigma_shift
         self.seed = seed
         self.position = 0  # in the data plan, counted in clips
@@ -60,11 +64,19 @@ class StoryModule(L.LightningModule):
         self.batch_keys: list[str] = []
         self.cut_captions: set[int] = set()  # hashes of those that a warning has named
 
+    def set_up_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What is trained, and its average; called once the strategy has set up network and optimizer."""
+        self.trained = TrainedState.of(self.dit, optimizer)
+        self.ema = Ema(self.trained, self.ema_config.decay)
+
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Everything of a checkpoint that is this module's own."""
+        """Everything of a checkpoint but the optimizer's state."""
         state = checkpoint.state
-        load_trained_weights(self.dit, checkpoint.weights("model"))
-        self.ema.load_state_dict(checkpoint.weights("ema"), state.num_ema_updates)
+        model, ema = checkpoint.weights("model"), checkpoint.weights("ema")
+        names = [fragment.name for fragment in self.trained.fragments]
+        weights = [model[name].view(-1) for name in names]
+        self.trained.load(weights, self.trained.moments(), self.trained.num_updates)
+        self.ema.load([ema[name].view(-1) for name in names], state.num_ema_updates)
         self.position = state.position
         self.skipped_in_a_row, self.num_skipped = state.skipped_in_a_row, state.num_skipped
 
@@ -72,7 +84,6 @@ class StoryModule(L.LightningModule):
         self.codec.to(self.device, torch.float32)
         # Wan runs its text encoder in bfloat16
         self.caption_encoder.to(self.device, torch.bfloat16 if self.device.type == "cuda" else torch.float32)
-        self.ema.to(self.device)
 
     def transfer_batch_to_device(
         self, batch: ClipBatch, device: torch.device, dataloader_idx: int
