@@ -1,16 +1,18 @@
 """One habit for every command: `key=value` over conf/<name>.yaml, typed by a dataclass, errors in one line.
 
-Exit status: 0 done, 1 the user's error (one line on stderr), 75 stopped on purpose and resumable.
+Exit status: 0 done, 1 the user's error (one line on stderr), 75 stopped on purpose and resumable, 69 a machine
+or its network failed, 70 training went wrong and a person must look. `--some-key` is short for some_key=true.
 Past `run` there are typed objects, no DictConfig, and nothing is ever instantiated from a name in a file.
 """
 
 import dataclasses
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -26,11 +28,22 @@ from omegaconf.errors import (
 
 CONF_DIR = Path(__file__).parent
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+HARDWARE = 69  # EX_UNAVAILABLE: so it may after this, as long as that helps
+UNHEALTHY = 70  # EX_SOFTWARE: and not after this, which would come again
+VERDICTS = "STORYANCHORS_VERDICTS"  # the folder for verdicts, set by the batch script
 Config = TypeVar("Config")
 
 
 class Stopped(Exception):
     """The command stopped on purpose (a signal, a request) and continues when it is started again."""
+
+
+class HardwareFault(Exception):
+    """A machine, its network or another process of the command failed; it may work again later."""
+
+
+class Unhealthy(Exception):
+    """Training itself goes wrong (no finite gradients), and would go wrong again."""
 
 
 def run(main: Callable[[Config], None], schema: type[Config], name: str) -> None:
@@ -42,22 +55,50 @@ def run(main: Callable[[Config], None], schema: type[Config], name: str) -> None
     try:
         main(read_config(schema, name, arguments))
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(STOPPED)
+        _leave(STOPPED, f"stopped: {stopped}")
     except KeyboardInterrupt:
-        print("stopped: Ctrl-C", file=sys.stderr)
-        sys.exit(STOPPED)
+        _leave(STOPPED, "stopped: Ctrl-C")
+    except HardwareFault as error:
+        _leave(HARDWARE, f"hardware: {error}")
+    except Unhealthy as error:
+        _leave(UNHEALTHY, f"unhealthy: {error}")
     except (ValueError, OSError) as error:  # what a user can mend; our own faults keep their traceback
         if os.environ.get("STORYANCHORS_TRACEBACK"):
+            _write_verdict(1, f"error: {error}")
             raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(1)
+        _leave(1, f"error: {error}")
+    except Exception as error:
+        _write_verdict(1, f"error: {type(error).__name__}: {error}")
+        raise
+
+
+def _leave(status: int, reason: str) -> NoReturn:
+    reason = " ".join(reason.split())
+    print(reason, file=sys.stderr, flush=True)
+    _write_verdict(status, reason)
+    sys.exit(status)
+
+
+def _write_verdict(status: int, reason: str) -> None:
+    """One line for the batch script, to which srun only tells the highest status of all ranks.
+
+    A rank that ends with 1 has the others killed, and so srun says 137; the verdicts say why.
+    """
+    if not (folder := os.environ.get(VERDICTS)):
+        return
+    path = Path(folder, f"rank_{int(os.environ.get('SLURM_PROCID', 0)):05d}")
+    try:
+        path.with_suffix(".tmp").write_text(f"{status} {' '.join(reason.split())}\n")
+        path.with_suffix(".tmp").replace(path)
+    except OSError as error:
+        print(f"cannot write the verdict {path}: {error}", file=sys.stderr)
 
 
 def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config:
     """conf/<name>.yaml with overrides, as an object of the dataclass; ValueError for what does not fit it."""
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
+    overrides = [re.sub(r"^--([a-z][a-z0-9_.-]*)$", _flag, argument) for argument in overrides]
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
         try:
             config = OmegaConf.to_object(compose(config_name=name, overrides=overrides))
@@ -68,6 +109,11 @@ def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config
             raise ValueError(_explain(error, name)) from error
     _check_added(config, name)
     return config
+
+
+def _flag(match: re.Match[str]) -> str:
+    """--some-key -> some_key=true."""
+    return match[1].replace("-", "_") + "=true"
 
 
 def _check_added(config: Config, name: str, prefix: str = "") -> None:

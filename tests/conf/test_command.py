@@ -1,5 +1,6 @@
 """Every command reads its settings in one way and says in one line what does not fit."""
 
+import contextlib
 import re
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 from omegaconf import MISSING
 
 from conf import command
-from conf.command import Stopped, read_config, run
+from conf.command import HardwareFault, Stopped, Unhealthy, read_config, run
 
 
 @dataclass
@@ -91,6 +92,11 @@ def test_a_group_is_chosen_by_name_and_the_last_word_counts():
     )
 
 
+def test_a_flag_is_short_for_true():
+    assert read("part.path=x", "--fast").fast and not read("part.path=x").fast
+    assert read("part.path=x", "--fast", "fast=false").fast is False
+
+
 def test_a_plain_mapping_takes_any_key_with_a_plus_sign():
     assert read("part.path=x", "+passed_on.devices=2").passed_on == {"devices": 2}
 
@@ -115,7 +121,9 @@ WRONG = {
     "Could not find 'rule_set/many', expected one of few, none": "rule_set@_global_=many",
     "Could not override 'rule_set'. Did you mean to override rule_set@_global_?": "rule_set=none",
     "cannot read the argument 'num_steps', expected key=value": "num_steps",
-    "cannot read the argument '--verbose', expected key=value": "--verbose",
+    "unknown key 'verbose' for use_tool": "--verbose",
+    "num_steps: Value 'True' of type 'bool'": "--num-steps",
+    "cannot read the argument '--num-steps=3', expected key=value": "--num-steps=3",
     "cannot read the argument 'part.path=a (b).mp4', expected key=value; a value": "part.path=a (b).mp4",
     "cannot read the argument 'part.path=~/film', expected key=value": "part.path=~/film",
     "Ambiguous value for argument 'part.path=a,b'; a list is written key=[a,b]": "part.path=a,b",
@@ -153,6 +161,35 @@ def test_exit_statuses_tell_done_from_wrong_from_stopped(use_tool):
     assert missing == (1, "", "error: [Errno 2] No such file or directory: 'a.mp4'\n")
     stopped = use_tool(raises(Stopped("after step 3")), "part.path=x")
     assert stopped == (75, "", "stopped: after step 3\n")
+    broken = use_tool(raises(HardwareFault("rank 3 is gone")), "part.path=x")
+    assert broken == (69, "", "hardware: rank 3 is gone\n")
+    ill = use_tool(raises(Unhealthy("no finite gradient in 3 batches")), "part.path=x")
+    assert ill == (70, "", "unhealthy: no finite gradient in 3 batches\n")
+
+
+VERDICTS = {
+    "1 error: found 3 frames, expected 4\n": ValueError("found 3 frames,\nexpected 4"),
+    "1 error: KeyError: 'latents'\n": KeyError("latents"),
+    "69 hardware: rank 3 is gone\n": HardwareFault("rank 3 is gone"),
+    "70 unhealthy: no finite gradient\n": Unhealthy("no finite gradient"),
+    "75 stopped: after step 3\n": Stopped("after step 3"),
+}
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_a_rank_leaves_its_verdict_for_the_batch_script(use_tool, monkeypatch, tmp_path, verdict):
+    monkeypatch.setenv("STORYANCHORS_VERDICTS", str(tmp_path))
+    monkeypatch.setenv("SLURM_PROCID", "12")
+    with contextlib.suppress(KeyError):
+        use_tool(raises(VERDICTS[verdict]), "part.path=x")
+    assert (tmp_path / "rank_00012").read_text() == verdict
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_verdict_that_cannot_be_written_does_not_change_the_status(use_tool, monkeypatch, tmp_path):
+    monkeypatch.setenv("STORYANCHORS_VERDICTS", str(tmp_path / "nowhere"))
+    status, _, error = use_tool(raises(HardwareFault("rank 3 is gone")), "part.path=x")
+    assert status == 69 and "cannot write the verdict" in error
 
 
 def test_our_own_faults_keep_their_traceback(use_tool, monkeypatch):
