@@ -1,16 +1,17 @@
 """Floating-point operations of a StoryDiT, counted from its config: the base of MFU and of a clip's cost.
 
 Only products of matrices count, two operations for a multiplication and an addition, as torch's
-FlopCounterMode counts them. A training step does three times a forward's work (four times with full
-checkpointing, of which MFU counts three).
+FlopCounterMode counts them.
 """
 
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 from storyanchors.dit_config import StoryDiTConfig
-from storyanchors.embedders import SCALAR_CONDITIONS
+from storyanchors.embedders import SCALAR_CONDITIONS, CaptionEmbedding
 
 
 class ClipSize(NamedTuple):
@@ -21,6 +22,13 @@ class ClipSize(NamedTuple):
     width: int
     caption_tokens: int
     clip_caption_tokens: int = 0  # of the second caption embedding (Step-Video)
+
+    @classmethod
+    def of(cls, latents: Tensor, caption: CaptionEmbedding) -> "ClipSize":
+        """latents (F, C, H, W) of a clip, and its caption's embedding."""
+        clip_caption, caption = caption if isinstance(caption, tuple) else ((), caption)
+        frames, _, height, width = latents.shape
+        return cls(frames, height, width, len(caption), len(clip_caption))
 
 
 def num_tokens(config: StoryDiTConfig, clip: ClipSize) -> int:
@@ -34,22 +42,35 @@ def model_flops(config: StoryDiTConfig, clips: Sequence[ClipSize]) -> int:
     Linear layers cost in proportion to the tokens, self-attention to the square of each clip's tokens,
     cross-attention to their product with the caption's.
     """
-    D, ffn = config.hidden_dim, config.ffn_dim
+    D = config.hidden_dim
     patch = math.prod(config.patch_size)
     tokens = [num_tokens(config, clip) for clip in clips]
     contexts = [clip.caption_tokens + clip.clip_caption_tokens for clip in clips]
-    N, M = sum(tokens), sum(contexts)
-    linears = (
-        N * (6 * D * D + 2 * D * ffn) + M * 2 * D * D
-    )  # q k v o, q o, both of the feed-forward; k v of text
     scores = sum(2 * D * n * (n + m) for n, m in zip(tokens, contexts, strict=True))  # twice: scores, values
-    ends = N * patch * D * (config.in_channels + config.latent_channels)
+    ends = sum(tokens) * patch * D * (config.in_channels + config.latent_channels)
     texts = sum(clip.caption_tokens for clip in clips) * (config.text_dim * D + D * D)
     texts += sum(clip.clip_caption_tokens for clip in clips) * (config.clip_text_dim or 0) * D
     time = len(clips) * (config.freq_dim * D + D * D + 6 * D * D)
-    return 2 * (config.num_layers * (linears + scores) + ends + texts + time) + _condition_flops(
-        config, clips
-    )
+    rest = 2 * (config.num_layers * scores + ends + texts + time)
+    return rest + _block_linear_flops(config, clips) + _condition_flops(config, clips)
+
+
+def train_flops(config: StoryDiTConfig, clips: Sequence[ClipSize], *, is_lora: bool = False) -> int:
+    """FLOPs that a training step over these clips needs: forward, gradients of activations and of weights.
+
+    Those of the frozen weights under a LoRA are not computed. What checkpointing computes again is not
+    counted, so that MFU compares ways to train the same thing.
+    """
+    flops = 3 * model_flops(config, clips)
+    return flops - _block_linear_flops(config, clips) if is_lora else flops
+
+
+def _block_linear_flops(config: StoryDiTConfig, clips: Sequence[ClipSize]) -> int:
+    """Linear layers of all blocks: q k v o, q o, both of the feed-forward; k v of text."""
+    D, ffn = config.hidden_dim, config.ffn_dim
+    N = sum(num_tokens(config, clip) for clip in clips)
+    M = sum(clip.caption_tokens + clip.clip_caption_tokens for clip in clips)
+    return 2 * config.num_layers * (N * (6 * D * D + 2 * D * ffn) + M * 2 * D * D)
 
 
 def _condition_flops(config: StoryDiTConfig, clips: Sequence[ClipSize]) -> int:

@@ -42,15 +42,15 @@ def sampling_sigmas(num_steps: int, shift: float) -> Tensor:
     return shift_sigmas(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).float()
 
 
-def flow_loss(
+def flow_losses(
     prediction: Tensor | Sequence[Tensor],
     target: Tensor | Sequence[Tensor],
     cond_mask: Tensor | Sequence[Tensor],
 ) -> Tensor:
-    """Mean squared error of the frames to be generated: mean per clip first, then over clips, in float32.
+    """Mean squared error of each clip's frames to be generated (B,), in float32.
 
     (B, F, C, H, W), (B, F, C, H, W), (B, F), or lists of clips of different sizes. Given frames (mask 1) do
-    not count, and the weight of a clip does not depend on how many frames were given or how large they are.
+    not count, and a clip's loss does not grow with its size or with how many frames were given.
     """
     losses = []
     for clip_prediction, clip_target, clip_mask in zip(prediction, target, cond_mask, strict=True):
@@ -59,4 +59,4 @@ def flow_loss(
             raise ValueError(f"a clip of {len(clip_mask)} frames has none to generate: the loss is undefined")
         error = (clip_prediction.float() - clip_target.float()).square().flatten(1).mean(1)  # (F,)
         losses.append(error[generated].mean())
-    return torch.stack(losses).mean()
+    return torch.stack(losses)

@@ -14,7 +14,8 @@ from storyanchors.caption_encoder import fit_caption
 from storyanchors.conditioning import stack_condition_channels
 from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
-from storyanchors.flow import add_noise, flow_loss, velocity
+from storyanchors.flops import ClipSize
+from storyanchors.flow import add_noise, flow_losses, velocity
 from train.checkpoints import Checkpoint
 from train.ema import Ema, EmaConfig
 from train.loader import ClipBatch, LoadedClip
@@ -62,6 +63,8 @@ class StoryModule(L.LightningModule):
         self.num_skipped = 0
         self.grad_norm = torch.zeros(())
         self.batch_keys: list[str] = []
+        self.clip_losses = torch.zeros(0)  # (B,) of the last pack, and what its clips cost
+        self.clip_sizes: list[ClipSize] = []
         self.cut_captions: set[int] = set()  # hashes of those that a warning has named
 
     def set_up_state(self, optimizer: torch.optim.Optimizer) -> None:
@@ -109,9 +112,11 @@ class StoryModule(L.LightningModule):
         inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, cond_masks, strict=True)]
         prediction = self.dit(inputs, 1000 * sigmas, [draw.conditions for draw in draws], captions)
         target = [velocity(*clip) for clip in zip(latents, noise, strict=True)]
-        loss = flow_loss(prediction, target, cond_masks)
+        losses = flow_losses(prediction, target, cond_masks)  # (B,)
+        self.clip_losses = losses.detach()
+        self.clip_sizes = [ClipSize.of(*clip) for clip in zip(latents, captions, strict=True)]
         # every clip weighs 1 / num_global_clips, however the ranks share them; DDP averages over ranks
-        return loss * (len(batch.clips) * self.trainer.world_size / batch.num_global_clips)
+        return losses.sum() * (self.trainer.world_size / batch.num_global_clips)
 
     def embed(self, key: str, caption: str) -> CaptionEmbedding:
         """The embedding of a clip's caption; what a caption that is too long loses is said once per clip."""

@@ -6,7 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.dit_config import PRESETS
-from storyanchors.flops import ClipSize, model_flops
+from storyanchors.flops import ClipSize, model_flops, train_flops
+from storyanchors.lora import LoraSettings, add_lora
 
 SIZES = dict(
     num_attention_heads=2, attention_head_dim=32, num_layers=3, ffn_dim=80, text_dim=24, latent_channels=4
@@ -38,6 +39,23 @@ def test_flops_are_those_that_torch_counts(switches, mode):
     with FlopCounterMode(display=False) as counter:
         dit(inputs, torch.full((3,), 500.0), None, captions)
     assert counter.get_total_flops() == model_flops(config, clips)
+
+
+def test_a_training_step_costs_what_torch_counts_where_all_is_trained_and_about_that_with_a_lora():
+    config = StoryDiTConfig(**SIZES)
+    latents, caption = torch.zeros(3, 4, 8, 12), torch.zeros(7, config.text_dim)
+    clips = [ClipSize.of(latents, caption)]
+    assert clips == [ClipSize(3, 8, 12, 7)]
+    ratios = []
+    for is_lora in (False, True):
+        dit = StoryDiT(config)
+        if is_lora:
+            add_lora(dit, LoraSettings(rank=1))
+        with FlopCounterMode(display=False) as counter:
+            inputs = [torch.zeros(3, config.in_channels, 8, 12)]
+            dit(inputs, torch.full((1,), 500.0), None, [caption])[0].sum().backward()
+        ratios.append(counter.get_total_flops() / train_flops(config, clips, is_lora=is_lora))
+    assert ratios == [pytest.approx(1, abs=0.01), pytest.approx(1, abs=0.12)]
 
 
 def test_the_cost_of_a_wan_clip_is_the_known_one():
