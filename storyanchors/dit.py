@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.loaders import PeftAdapterMixin
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from storyanchors.activation_checkpointing import MODES, block_modes, run_block
 from storyanchors.attention import packed_attention
@@ -27,6 +28,14 @@ from storyanchors.embedders import SCALAR_CONDITIONS, CaptionEmbedding, Conditio
 from storyanchors.modulation import affine_norm, gated_residual, modulated_norm
 from storyanchors.packing import patchify, token_counts, unpatchify
 from storyanchors.rotary import normed_heads, rope_table
+from storyanchors.sequence_parallel import (
+    TokenShare,
+    agree_on_modes,
+    check_degree,
+    gather_tokens,
+    self_attention,
+    share_tokens,
+)
 
 
 class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
@@ -49,6 +58,7 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self.proj_out = nn.Linear(D, config.latent_channels * math.prod(patch))
         self.rope_axes = config.rope_axes
         self.activation_checkpointing = "none"
+        self.sequence_group: str | None = None
         self._run_block = run_block
         self._init_weights()
 
@@ -105,6 +115,15 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
             raise ValueError(f"activation_checkpointing is {mode!r}, expected one of {', '.join(MODES)}")
         self.activation_checkpointing = mode
 
+    def set_sequence_parallel(self, group: ProcessGroup | None) -> None:
+        """Splits the tokens of every pack over this group (see sequence_parallel); None: over nothing.
+
+        ValueError where the group's size does not divide the heads.
+        """
+        if group is not None:
+            check_degree(group.size(), self.config.num_attention_heads)
+        self.sequence_group = group and group.group_name
+
     def compile_blocks(self, **settings) -> None:
         """Compiles one block for all layers; settings go to torch.compile.
 
@@ -134,22 +153,29 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         self._check_inputs(inputs, timesteps, conditions, captions)
         dtype = self.patch_embedding.weight.dtype
         tokens, grids = patchify([clip.to(dtype) for clip in inputs], self.config.patch_size[1])
-        lengths = token_counts(grids)
-        x_ND = F.linear(tokens, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias).to(dtype)
-        x_ND = self.story_embedder.add_frame_numbers(x_ND, grids)
-        rope = rope_table(grids, self.rope_axes, x_ND.device)
+        share = share_tokens(token_counts(grids), self.sequence_group)
+        timesteps, conditions, captions = (part[share.clips] for part in (timesteps, conditions, captions))
+        weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
+        x_ND = F.linear(tokens[share.tokens], weight, bias).to(dtype)
+        x_ND = self.story_embedder.add_frame_numbers(x_ND, grids, share.tokens)
+        rope = rope_table(grids, self.rope_axes, x_ND.device)[share.tokens]
         caption_LD, caption_lengths = self.condition_embedder.embed_captions(captions, dtype)
         times = 1000 - timesteps if self.config.reversed_flow else timesteps
         temb_BD = self.condition_embedder.time_embedder(times) + self.story_embedder(conditions, times.device)
         modulation_B6D = self.condition_embedder.time_proj(F.silu(temb_BD)).unflatten(1, (6, -1))
-        args = (caption_LD, modulation_B6D, rope, lengths, caption_lengths)
+        args = (caption_LD, modulation_B6D, rope, share, caption_lengths)
         settings = (self.activation_checkpointing, self.config, x_ND, _compute_dtype(x_ND), self.parameters())
         modes = block_modes(*settings)
+        if self.activation_checkpointing == "auto":
+            modes = agree_on_modes(modes, share, x_ND.device)
         for block, mode in zip(self.blocks, modes, strict=True):
             x_ND = self._run_block(block, mode, x_ND, *args)
         shift, scale = (self.scale_shift_table.float() + temb_BD[:, None]).unbind(1)
-        x_ND = modulated_norm(x_ND, scale, shift, lengths, eps=self.config.eps, dtype=_compute_dtype(x_ND))
-        velocity = unpatchify(self.proj_out(x_ND), grids, self.config.patch_size[1])
+        x_ND = modulated_norm(
+            x_ND, scale, shift, share.lengths, eps=self.config.eps, dtype=_compute_dtype(x_ND)
+        )
+        tokens = gather_tokens(self.proj_out(x_ND), share)
+        velocity = unpatchify(tokens, grids, self.config.patch_size[1])
         if self.config.reversed_flow:
             velocity = [-clip for clip in velocity]
         return torch.stack(velocity) if isinstance(inputs, Tensor) else velocity
@@ -201,15 +227,16 @@ class StoryBlock(nn.Module):
         caption_LD: Tensor,
         modulation_B6D: Tensor,
         rope: Tensor,
-        lengths: list[int],
+        share: TokenShare,
         caption_lengths: list[int],
     ) -> Tensor:
+        lengths = share.lengths
         modulation = (self.scale_shift_table.float() + modulation_B6D).unbind(1)
         shift1, scale1, gate1, shift3, scale3, gate3 = modulation  # each (B, D), float32
         h_ND = _modulated(self.norm1, x_ND, scale1, shift1, lengths)
-        x_ND = gated_residual(x_ND, self.attn1(h_ND, h_ND, lengths, lengths, rope), gate1, lengths)
+        x_ND = gated_residual(x_ND, self.attn1(h_ND, h_ND, share, rope=rope), gate1, lengths)
         h_ND = x_ND.to(_compute_dtype(x_ND)) if self.norm2 is None else _normed(self.norm2, x_ND)
-        x_ND = x_ND + self.attn2(h_ND, caption_LD, lengths, caption_lengths)
+        x_ND = x_ND + self.attn2(h_ND, caption_LD, share, caption_lengths)
         h_ND = _modulated(self.norm3, x_ND, scale3, shift3, lengths)
         return gated_residual(x_ND, self.ffn(h_ND), gate3, lengths)
 
@@ -236,17 +263,22 @@ class Attention(nn.Module):
         self,
         x_ND: Tensor,
         context_MD: Tensor,
-        lengths: list[int],
-        context_lengths: list[int],
+        share: TokenShare,
+        caption_lengths: list[int] | None = None,
         rope: Tensor | None = None,
     ) -> Tensor:
+        """The context is a caption for each of the share's clips, or x itself: then whole clips attend."""
         v_MAK = self.to_v(context_MD).unflatten(-1, (-1, self.head_dim))
         norms = ((self.to_q(x_ND), self.norm_q), (self.to_k(context_MD), self.norm_k))
         q_NAK, k_MAK = (
             normed_heads(y, norm.weight, rope, head_dim=self.head_dim, eps=norm.eps, dtype=v_MAK.dtype)
             for y, norm in norms
         )
-        return self.to_out[0](packed_attention(q_NAK, k_MAK, v_MAK, lengths, context_lengths).flatten(1))
+        if caption_lengths is None:
+            attended_NAK = self_attention(q_NAK, k_MAK, v_MAK, share)
+        else:
+            attended_NAK = packed_attention(q_NAK, k_MAK, v_MAK, share.lengths, caption_lengths)
+        return self.to_out[0](attended_NAK.flatten(1))
 
 
 class FeedForward(nn.Module):

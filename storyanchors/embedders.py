@@ -97,14 +97,15 @@ class StoryEmbedder(nn.Module):
         # both are computed whatever is known, so that every rank has a gradient for every parameter
         return torch.where(known[:, None], embed(values_B, getattr(self, name)), self.null[name].float())
 
-    def add_frame_numbers(self, x_ND: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    def add_frame_numbers(self, x_ND: Tensor, grids: Sequence[tuple[int, int, int]], tokens: slice) -> Tensor:
+        """x holds the tokens in this slice of those of all grids."""
         if self.frame_number is None:
             return x_ND
         most = max(frames for frames, _, _ in grids)
         numbers = torch.arange(1, most + 1, dtype=torch.float32, device=x_ND.device)
         code = self.frame_number(numbers).to(x_ND.dtype)
         expanded = [code[:frames].repeat_interleave(h * w, dim=0) for frames, h, w in grids]
-        return x_ND + torch.cat(expanded)
+        return x_ND + torch.cat(expanded)[tokens]
 
 
 class SinusoidMlp(nn.Module):

@@ -6,6 +6,7 @@ Lengths stay on the host as Python lists, so that splitting by clip never waits 
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -38,3 +39,12 @@ def unpatchify(tokens_NV: Tensor, grids: Sequence[Grid], patch: int) -> list[Ten
 
 def token_counts(grids: Sequence[Grid]) -> list[int]:
     return [F * h * w for F, h, w in grids]
+
+
+def cut_segments(lengths: Sequence[int], start: int, end: int) -> tuple[slice, list[int]]:
+    """Tokens start..end of segments of these lengths: the segments they are of, and how many of each."""
+    ends = list(accumulate(lengths))
+    parts = [min(end, stop) - max(start, stop - length) for length, stop in zip(lengths, ends, strict=True)]
+    touched = [number for number, part in enumerate(parts) if part > 0]
+    segments = slice(touched[0], touched[-1] + 1)
+    return segments, parts[segments]
