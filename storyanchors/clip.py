@@ -22,6 +22,9 @@ from storyanchors.story import Story
 SCHEMA_VERSION = 1
 MAX_FRAMES = 999  # a frame's member name has three digits
 MAX_FRAME_PIXELS = 2**24
+MAX_CROP = 15  # pixels on a side: frames made by others are cut to multiples of 16
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
+IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")
 INFO_MEMBER = "clip.json"
 KEY_PATTERN = re.compile(
     r"[a-z0-9]+(-[a-z0-9]+)*"
@@ -195,13 +198,23 @@ class StoryClip:
         return cls(info, frames, caption.story, caption.global_caption)
 
 
-def frames_to_tensor(frames: list[Image.Image]) -> Tensor:
-    """F images of one size -> (F, 3, H, W), float32 in [-1, 1]."""
+def frames_to_levels(frames: list[Image.Image]) -> Tensor:
+    """F images of one size -> (F, 3, H, W), uint8 levels 0..255."""
     sizes = {frame.size for frame in frames}
     if len(sizes) != 1:
         raise ValueError(f"frames of one size were expected, found {sorted(sizes) or 'no frame'}")
-    pixels_FHWC = torch.from_numpy(np.stack([np.asarray(frame.convert("RGB")) for frame in frames]))
-    return pixels_FHWC.permute(0, 3, 1, 2).float() / 127.5 - 1
+    levels_FHWC = torch.from_numpy(np.stack([np.asarray(frame.convert("RGB")) for frame in frames]))
+    return levels_FHWC.permute(0, 3, 1, 2)
+
+
+def levels_to_pixels(levels: Tensor) -> Tensor:
+    """uint8 levels 0..255 -> float32 in [-1, 1], in the same shape and on the same device."""
+    return levels.float() / 127.5 - 1
+
+
+def frames_to_tensor(frames: list[Image.Image]) -> Tensor:
+    """F images of one size -> (F, 3, H, W), float32 in [-1, 1]."""
+    return levels_to_pixels(frames_to_levels(frames))
 
 
 def tensor_to_frames(pixels: Tensor) -> list[Image.Image]:
@@ -231,34 +244,64 @@ def encode_jpeg(frame: Image.Image) -> bytes:
 
 def read_jpeg_size(content: bytes) -> tuple[int, int]:
     """(width, height) from the header alone, at most MAX_FRAME_PIXELS; nothing is decoded."""
-    return _open_jpeg(content).size
+    return _open_image(content, ("JPEG",)).size
 
 
 def decode_jpeg(content: bytes, size: tuple[int, int]) -> Image.Image:
     """The RGB image of that (width, height); ValueError, before decoding, where its header says otherwise."""
-    image = _open_jpeg(content)
+    image = _open_image(content, ("JPEG",))
     if image.size != size:
         raise ValueError(
             f"a JPEG of {image.width} x {image.height} pixels, expected {size[0]} x {size[1]}: not decoded"
         )
+    return _to_rgb(image)
+
+
+def read_image_size(content: bytes) -> tuple[int, int]:
+    """read_jpeg_size() of a JPEG, PNG or WebP file."""
+    return _open_image(content, IMAGE_FORMATS).size
+
+
+def decode_image(content: bytes, size: tuple[int, int]) -> Image.Image:
+    """The middle (width, height) of a JPEG, PNG or WebP file made by others, as RGB.
+
+    ValueError, before decoding, for an image that is smaller or more than MAX_CROP pixels larger on a side,
+    and for one with more than 8 bits a channel.
+    """
+    image = _open_image(content, IMAGE_FORMATS)
+    margins = [found - expected for found, expected in zip(image.size, size)]
+    if not all(0 <= margin <= MAX_CROP for margin in margins):
+        raise ValueError(
+            f"a {image.format} of {image.width} x {image.height} pixels, expected {size[0]} x {size[1]} "
+            f"and at most {MAX_CROP} more a side: not decoded"
+        )
+    if image.mode not in IMAGE_MODES:
+        raise ValueError(f"a {image.format} in mode {image.mode}, expected one of {', '.join(IMAGE_MODES)}")
+    left, top = margins[0] // 2, margins[1] // 2
+    return _to_rgb(image).crop((left, top, left + size[0], top + size[1]))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     try:
         return image.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"a damaged JPEG: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise on damaged files
+        raise ValueError(f"a damaged {image.format}: {error}") from error
 
 
-def _open_jpeg(content: bytes) -> Image.Image:
+def _open_image(content: bytes, formats: tuple[str, ...]) -> Image.Image:
+    names = " or ".join(formats)
     try:
-        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+        image = Image.open(io.BytesIO(content), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(
-            f"a JPEG with more pixels than any story frame; it was not decoded ({error})"
+            f"a {names} with more pixels than any story frame; it was not decoded ({error})"
         ) from error
-    except OSError as error:
-        raise ValueError(f"not a JPEG ({len(content)} bytes)") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"not a {names} ({len(content)} bytes)") from error
     if image.width * image.height > MAX_FRAME_PIXELS:
         raise ValueError(
-            f"a JPEG of {image.width} x {image.height} pixels, at most {MAX_FRAME_PIXELS} are decoded"
+            f"a {image.format} of {image.width} x {image.height} pixels, "
+            f"at most {MAX_FRAME_PIXELS} are decoded"
         )
     return image
 

@@ -1,0 +1,316 @@
+"""Byte ranges of dataset files, from a local disk, NFS, https:// or s3://.
+
+What fails for a moment (a busy server, a reset connection, a stale NFS handle) is read again a bounded number
+of times, with full jitter. No error and no log line shows a URL's query string or user: they may hold a key.
+Nothing is opened before the first read, and every process opens its own: fsspec's event loop and the
+connections of its asynchronous file systems do not survive a fork.
+"""
+
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import random
+import re
+import stat
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+
+log = logging.getLogger(__name__)
+
+REMOTE = ("https", "http", "s3")
+MAX_OPEN_FILES = 64
+MAX_RETRY_AFTER_S = 60.0
+NUM_ATTEMPTS = 6
+ATTEMPT_TIMEOUT_S = 60.0  # of one request, to its last byte
+BACKOFF_S = 0.5  # the longest wait before the second attempt; it doubles with each one
+DOWNLOAD_BYTES = 2**24  # asked for at once where a whole file is read
+BUSY_STATUS = (408, 425, 429, 500, 502, 503, 504)
+PASSING_ERRNOS = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ECONNRESET,
+    errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
+    errno.EREMOTEIO, errno.ENOTCONN,
+}  # fmt: skip
+PASSING_BOTOCORE = {"HTTPClientError", "IncompleteReadError", "IncompleteRead", "ResponseParserError"}
+Result = TypeVar("Result")
+
+
+class TruncatedFile(ValueError):
+    """A file that ends before the bytes that were asked for."""
+
+
+class _Passing(Exception):
+    """A failure that another attempt may not meet; wait_s is how long the server wants to be left alone."""
+
+    def __init__(self, reason: str, wait_s: float = 0.0):
+        super().__init__(reason)
+        self.wait_s = wait_s
+
+
+def scheme_of(path: str) -> str:
+    """ "https", "http" or "s3"; "" for a local path. ValueError for everything else, file:// too."""
+    if "::" in path or path.lower().startswith("pipe:") or "|" in path or "\0" in path:
+        raise ValueError(f"{printable(path)!r} is not read: a path or a https:// or s3:// URL is expected")
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):", path)
+    if found is None:
+        return ""
+    scheme = found[1]
+    if scheme not in REMOTE or not path.startswith(f"{scheme}://"):
+        raise ValueError(f"{printable(path)!r} is not read: known are paths, https://, http:// and s3://")
+    return scheme
+
+
+def printable(path: str) -> str:
+    """The path or URL without what may be a secret: query, fragment, user and password."""
+    if "://" not in path:
+        return path
+    parts = urlsplit(path)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def join(folder: str, *names: str) -> str:
+    """A file below a folder; the query of a URL (a signature for all of the folder) stays at its end."""
+    if not scheme_of(folder):
+        return os.path.join(folder, *names)
+    parts = urlsplit(folder)
+    path = "/".join((parts.path.rstrip("/"), *names))
+    return urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
+
+
+class ShardStore:
+    """Reads byte ranges; safe to carry into another process, where it opens everything anew."""
+
+    def __init__(
+        self,
+        *,
+        num_attempts: int = NUM_ATTEMPTS,
+        backoff_s: float = BACKOFF_S,
+        timeout_s: float = ATTEMPT_TIMEOUT_S,
+    ):
+        self.num_attempts = num_attempts
+        self.backoff_s = backoff_s
+        self.timeout_s = timeout_s
+        self._forget()
+
+    def _forget(self) -> None:
+        self._pid = os.getpid()
+        self._files: dict[str, int] = {}
+        self._systems: dict[str, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("num_attempts", "backoff_s", "timeout_s")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def read(self, path: str, offset: int, size: int) -> bytes:
+        """size bytes from an offset on, in one request.
+
+        TruncatedFile where the file is shorter; FileNotFoundError, PermissionError or OSError, with the path.
+        """
+        if not scheme_of(path):
+            return self._retry(path, lambda: self._read_local(path, offset, size))
+        return self._retry(path, lambda: self._read_remote(path, offset, size))
+
+    def size(self, path: str) -> int:
+        """The file's bytes; FileNotFoundError, PermissionError or OSError, with the path."""
+        if not scheme_of(path):
+            return self._retry(path, lambda: os.stat(path).st_size)
+        return self.info(path)["size"]
+
+    def info(self, url: str) -> dict[str, Any]:
+        """What a server tells about a file: its size in bytes, and ETag or the like."""
+        return self._retry(url, lambda: self._remote_info(url))
+
+    def check_ranges(self, path: str) -> None:
+        """ValueError where a server answers the request for one byte with the whole file."""
+        try:
+            self.read(path, 0, 1)
+        except TruncatedFile:  # an empty file: the reader of its clips says so
+            return
+
+    def _read_local(self, path: str, offset: int, size: int) -> bytes:
+        file = self._open(path)
+        parts, missing = [], size
+        try:
+            while missing and (part := os.pread(file, missing, offset + size - missing)):
+                parts.append(part)
+                missing -= len(part)
+        except OSError:
+            os.close(self._files.pop(path))  # a stale handle stays stale
+            raise
+        if missing:
+            raise TruncatedFile(
+                f"{path}: {size - missing} bytes at offset {offset}, the index expects {size}"
+            )
+        return b"".join(parts)
+
+    def _open(self, path: str) -> int:
+        if self._pid != os.getpid():
+            self._forget()
+        if path not in self._files:
+            if len(self._files) >= MAX_OPEN_FILES:
+                os.close(self._files.pop(next(iter(self._files))))
+            self._files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._files[path]
+
+    def _read_remote(self, path: str, offset: int, size: int) -> bytes:
+        try:
+            data = self._call(path, "_cat_file", start=offset, end=offset + size)
+        except _OutOfRange:
+            data = b""
+        if len(data) > size:
+            raise ValueError(f"{printable(path)}: the server does not answer requests for a range of bytes")
+        if len(data) < size:
+            if (whole := self._remote_info(path)["size"]) >= offset + size:
+                raise _Passing(f"{len(data)} of {size} bytes")
+            raise TruncatedFile(
+                f"{printable(path)}: {len(data)} bytes at offset {offset}, the index expects {size} "
+                f"(the file has {whole})"
+            )
+        return data
+
+    def _remote_info(self, path: str) -> dict[str, Any]:
+        info = self._call(path, "_info")
+        if info.get("size") is None:
+            raise OSError(f"{printable(path)}: the server does not say how large the file is")
+        return info
+
+    def _call(self, path: str, method: str, **arguments: int) -> Any:
+        """Calls a coroutine of the file system with a bound on its time; errors say nothing of the URL."""
+        from fsspec.asyn import sync
+
+        system = self._system(scheme_of(path))
+        try:
+            return sync(system.loop, getattr(system, method), path, timeout=self.timeout_s, **arguments)
+        except Exception as error:
+            raise _translated(error, path) from None
+
+    def _system(self, scheme: str) -> Any:
+        if self._pid != os.getpid():
+            self._forget()
+        if scheme not in self._systems:
+            self._systems[scheme] = _open_s3() if scheme == "s3" else _open_http()
+        return self._systems[scheme]
+
+    def _retry(self, path: str, attempt: Callable[[], Result]) -> Result:
+        for number in range(1, self.num_attempts + 1):
+            try:
+                return attempt()
+            except _Passing as error:
+                reason, wait_s = str(error), error.wait_s
+            except OSError as error:
+                if error.errno not in PASSING_ERRNOS:
+                    raise
+                reason, wait_s = f"{type(error).__name__} ({error.strerror})", 0.0
+            if number < self.num_attempts:
+                jitter = random.SystemRandom().uniform(0, self.backoff_s * 2 ** (number - 1))
+                wait_s = min(wait_s, MAX_RETRY_AFTER_S) + jitter
+                log.info("%s: %s; reading again in %.1f s", printable(path), reason, wait_s)
+                time.sleep(wait_s)
+        raise OSError(f"{printable(path)} cannot be read after {self.num_attempts} attempts: {reason}")
+
+
+class _OutOfRange(Exception):
+    """The range begins behind the end of the file."""
+
+
+def _open_http() -> Any:
+    from aiohttp import ClientTimeout
+    from fsspec.implementations.http import HTTPFileSystem
+
+    return HTTPFileSystem(
+        skip_instance_cache=True,
+        encoded=True,  # a URL is sent as it is written: a signature covers its very letters
+        headers={"Accept-Encoding": "identity"},
+        client_kwargs={"timeout": ClientTimeout(total=None, sock_connect=20, sock_read=30)},
+    )
+
+
+def _open_s3() -> Any:
+    """Credentials, region and endpoint come from AWS's own environment variables and files."""
+    try:
+        from s3fs import S3FileSystem
+    except ImportError as error:
+        raise ValueError("s3:// needs s3fs: pip install 'storyanchors[s3]'") from error
+    timeouts = {"connect_timeout": 20, "read_timeout": 30, "retries": {"max_attempts": 1}}
+    system = S3FileSystem(skip_instance_cache=True, config_kwargs=timeouts)
+    system.retries = 1  # the attempts are counted in one place: here
+    return system
+
+
+def _translated(error: Exception, path: str) -> Exception:
+    """_Passing for what may go away, else an error that names the URL without its query."""
+    from aiohttp import ClientError, ClientResponseError
+
+    where, cause = printable(path), error.__cause__ or error
+    if isinstance(error, FileNotFoundError) and isinstance(cause, ClientError | OSError):
+        error = cause  # fsspec calls every failed request for a size a missing file
+    if isinstance(error, ClientResponseError):
+        return _of_status(error.status, where, (error.headers or {}).get("Retry-After"))
+    if isinstance(response := getattr(cause, "response", None), dict):  # of botocore
+        return _of_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), where, None)
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "not found", where)
+    if isinstance(error, PermissionError):
+        return PermissionError(errno.EACCES, "access is denied", where)
+    if isinstance(error, TimeoutError):
+        return _Passing("no answer in time")
+    is_connection = isinstance(error, ClientError | ConnectionError)
+    if is_connection or {base.__name__ for base in type(error).__mro__} & PASSING_BOTOCORE:
+        return _Passing(f"the connection failed ({type(error).__name__})")
+    if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
+        return _Passing(f"{type(error).__name__} ({os.strerror(error.errno)})")
+    return OSError(f"{where}: {type(error).__name__}")
+
+
+def _of_status(status: int, where: str, retry_after: str | None) -> Exception:
+    if status in BUSY_STATUS:
+        wait_s = float(retry_after) if (retry_after or "").isdigit() else 0.0
+        return _Passing(f"HTTP status {status}", wait_s)
+    if status == 416:
+        return _OutOfRange()
+    if status in (404, 410):
+        return FileNotFoundError(errno.ENOENT, "not found", where)
+    if status in (401, 403):
+        return PermissionError(errno.EACCES, f"access is denied (HTTP status {status})", where)
+    return OSError(f"{where}: HTTP status {status}")
+
+
+def local_copy(path: str) -> Path:
+    """A local path itself; of a URL a copy, which one process of this machine downloads for all.
+
+    Copies lie in the folder for temporary files (TMPDIR), named by the URL without its query, the size and
+    the version that the server tells: a file that changes there is copied again.
+    """
+    if not scheme_of(path):
+        return Path(path)
+    store, folder = ShardStore(), _copies_folder()
+    info = store.info(path)
+    version = info.get("ETag") or info.get("Last-Modified") or info.get("LastModified")
+    name = hashlib.sha256(repr((printable(path), info["size"], str(version))).encode()).hexdigest()[:32]
+    copy = folder / f"{name}{Path(urlsplit(path).path).suffix}"
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not copy.exists():
+            log.info("copying %s (%.1f MB) to %s", printable(path), info["size"] / 1e6, copy)
+            with open(copy.with_suffix(".tmp"), "wb") as file:
+                for offset in range(0, info["size"], DOWNLOAD_BYTES):
+                    file.write(store.read(path, offset, min(DOWNLOAD_BYTES, info["size"] - offset)))
+            copy.with_suffix(".tmp").replace(copy)
+    return copy
+
+
+def _copies_folder() -> Path:
+    folder = Path(tempfile.gettempdir(), f"storyanchors-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    state = folder.lstat()
+    if state.st_uid != os.getuid() or state.st_mode & 0o77 or not stat.S_ISDIR(state.st_mode):
+        raise ValueError(f"{folder} must be a folder that is yours alone (mode 0700): remove it")
+    return folder
