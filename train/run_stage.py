@@ -5,11 +5,16 @@ python train/run_stage.py stage=multi_event model=tiny data.dataset=DATASET run_
 python train/run_stage.py stage=continuation model=tiny data.dataset=DATASET run_dir=runs/s3 init_from=runs/s2
 """
 
+if __name__ == "__main__":  # before torch, whose import takes seconds in which a signal would end the process
+    from train.stop_signals import StopFlag
+
+    StopFlag().install()
+
 import logging
+import math
 import os
 import warnings
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +35,13 @@ from storyanchors.lora import add_lora, cast_base, has_lora
 from storyanchors.weights import load_base_weights
 from train.callbacks import MetricsLog, StageProgress
 from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
+from train.clip_costs import plan_clips
 from train.clip_index import ClipIndex
-from train.data_plan import plan_batch, stable_hash
+from train.data_config import DataConfig
 from train.ema import EmaConfig
-from train.loader import DataConfig, PlannedClips, PlannedLoader, PlanSampler, leave_out_uncuttable
+from train.hardware_faults import hardware_faults
+from train.launcher import launch_settings
+from train.loader import PlannedClips, PlannedLoader, leave_out_uncuttable
 from train.optimizer import OptimizerConfig
 from train.parts import (
     CODEC,
@@ -48,26 +56,30 @@ from train.parts import (
 )
 from train.run_checkpoints import RunCheckpoints
 from train.run_folder import (
+    CONFIG,
     check_base,
     describe_base,
     plain_config,
     read_init_from,
     read_provenance,
+    read_settings,
     start_or_resume,
     write_provenance,
     write_settings,
 )
 from train.stage import CAPTION_KINDS, StageConfig
-from train.stop_signals import StopFlag
+from train.stable_hash import stable_hash
+from train.stop_signals import StopFlag, keep_handlers
 from train.story_module import StoryModule
 from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
+from train.world import World
 
 log = logging.getLogger(__name__)
 
 LOGGERS = ("none", "tensorboard", "wandb")
 SET_BY_US = (
     "max_steps", "max_epochs", "callbacks", "logger", "strategy", "default_root_dir", "enable_checkpointing",
-    "use_distributed_sampler", "log_every_n_steps", "gradient_clip_val",
+    "use_distributed_sampler", "log_every_n_steps", "gradient_clip_val", "accumulate_grad_batches",
 )  # fmt: skip
 
 
@@ -97,23 +109,19 @@ class RunStageConfig:
             raise ValueError(f"strategy is {self.strategy!r}, expected auto, ddp or deepspeed")
         if taken := sorted(set(self.trainer) & set(SET_BY_US)):
             raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
-        at_least_1 = {
-            "log_every_n_steps": self.log_every_n_steps,
-            "trainer.accumulate_grad_batches": self.trainer.get("accumulate_grad_batches", 1),
-        }
-        for name, value in at_least_1.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected at least 1")
+        if self.log_every_n_steps < 1:
+            raise ValueError(f"log_every_n_steps is {self.log_every_n_steps}, expected at least 1")
 
 
 def main(config: RunStageConfig) -> None:
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
+    config = with_pinned_packs(config)
     resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
     first_step = resume_from.state.step if resume_from else 0
     if first_step >= num_steps:
         report(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
         return
-    with StopFlag() as stop:
+    with StopFlag() as stop, hardware_faults():
         train(config, resume_from, stop)
     report(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
@@ -124,6 +132,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     train_clips, held_out = open_clips(config)
     callbacks = build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips)
     trainer = build_trainer(config, callbacks)
+    config = share_packs(config, trainer)
     module = build_module(config, train_clips, is_new=resume_from is None)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
     if has_lora(module.dit):
@@ -144,7 +153,7 @@ def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Traine
     """ValueError for what Lightning or DeepSpeed do not take."""
     try:
         deepspeed = DeepSpeedStrategy(**config.deepspeed) if config.strategy == "deepspeed" else None
-        return L.Trainer(
+        trainer = L.Trainer(
             max_steps=config.stage.steps,
             max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
             callbacks=callbacks,
@@ -154,10 +163,12 @@ def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Traine
             enable_checkpointing=False,
             use_distributed_sampler=False,
             log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
-            **config.trainer,
+            **config.trainer | launch_settings(World.of_this_process()),
         )
     except (TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(f"Lightning does not take these trainer settings: {error}") from error
+    keep_handlers(trainer)
+    return trainer
 
 
 @rank_zero_only
@@ -165,16 +176,37 @@ def report(line: str) -> None:
     print(line)
 
 
+def with_pinned_packs(config: RunStageConfig) -> RunStageConfig:
+    """A run keeps the packs of its first start, on any number of ranks, unless other ones are asked for."""
+    run_dir = Path(config.run_dir)
+    if config.data.packs_per_batch is not None or not (run_dir / CONFIG).is_file():
+        return config
+    pinned = read_settings(run_dir)["data"]["packs_per_batch"]
+    return replace(config, data=replace(config.data, packs_per_batch=pinned))
+
+
+def share_packs(config: RunStageConfig, trainer: L.Trainer) -> RunStageConfig:
+    """With the packs of a batch decided; the trainer takes as many micro-steps as each rank has of them."""
+    num_packs, num_ranks = config.data.packs_per_batch or trainer.world_size, trainer.world_size
+    if num_packs % num_ranks:
+        ranks = ", ".join(str(n) for n in range(1, num_packs + 1) if num_packs % n == 0)
+        multiple = num_ranks * math.ceil(num_packs / num_ranks)
+        raise ValueError(
+            f"data.packs_per_batch={num_packs} cannot be shared by {num_ranks} ranks: use {ranks} ranks, or "
+            f"start a run with data.packs_per_batch={multiple}"
+        )
+    trainer.accumulate_grad_batches = num_packs // num_ranks
+    return replace(config, data=replace(config.data, packs_per_batch=num_packs))
+
+
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
     """(to train on, held out): the clips with this stage's kind of caption, where an encoder takes it."""
-    clips = ClipIndex.open(config.data.dataset).with_caption(config.stage.caption)
+    clips = ClipIndex.open(*config.data.datasets).with_caption(config.stage.caption)
     kinds = CAPTION_KINDS if config.stage.other_caption_share else (config.stage.caption,)
     clips = leave_out_uncuttable(clips, kinds, load_token_counter(config.model.caption_encoder))
     train_clips, held_out = clips.split(config.data.holdout)
     if not len(train_clips):
-        raise ValueError(
-            f"data.holdout={config.data.holdout} leaves no clip of {config.data.dataset} to train on"
-        )
+        raise ValueError(f"data.holdout={config.data.holdout} leaves no clip of {clips} to train on")
     log.info("%d clips to train on, %d held out", len(train_clips), len(held_out))
     return train_clips, held_out
 
@@ -252,26 +284,19 @@ def build_callbacks(
 def build_loader(
     config: RunStageConfig, module: StoryModule, clips: ClipIndex, trainer: L.Trainer, num_steps: int
 ) -> PlannedLoader:
-    """The batches from the module's position on, for num_steps steps."""
-    if config.data.clips_per_batch < trainer.world_size:
-        raise ValueError(
-            f"data.clips_per_batch={config.data.clips_per_batch} is too few for {trainer.world_size} ranks"
-        )
-    pixels_per_token = module.codec.spatial_stride * module.dit.config.patch_size[-1]
-    plan = partial(
-        plan_batch,
-        clips.num_tokens(pixels_per_token),
+    """This rank's packs from the module's position on, for num_steps steps."""
+    clips, plan = plan_clips(
+        clips,
+        config.data,
+        config.model.dit_config,
+        spatial_stride=module.codec.spatial_stride,
+        packs_per_batch=config.data.packs_per_batch,
         seed=config.seed,
         stage=config.stage.name,
-        clips_per_batch=config.data.clips_per_batch,
-        max_tokens=config.data.max_tokens,
-        rank=trainer.global_rank,
-        world_size=trainer.world_size,
     )
-    num_batches = num_steps * trainer.accumulate_grad_batches
-    return PlannedLoader(
-        PlannedClips(clips), PlanSampler(plan, module.position, num_batches), config.data.num_workers
-    )
+    packs = plan.packs(module.position, rank=trainer.global_rank, world_size=trainer.world_size)
+    num_packs = num_steps * trainer.accumulate_grad_batches
+    return PlannedLoader(PlannedClips(clips), packs, num_packs, num_workers=config.data.num_workers)
 
 
 def build_logger(config: RunStageConfig) -> Logger | bool:

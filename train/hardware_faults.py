@@ -1,0 +1,51 @@
+"""Tells a machine's fault from the user's, by what torch raises."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import distributed
+
+from conf.command import HardwareFault
+from train.world import World
+
+# of file systems and networks that were there a moment ago, and after the retries of who reads them
+TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EREMOTEIO, errno.ENODEV}
+# gloo raises plain RuntimeErrors
+LOST_PEER = (
+    "gloo",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "Broken pipe",
+)
+
+
+@contextmanager
+def hardware_faults() -> Iterator[None]:
+    """Errors of GPUs, networks, file systems and lost peers leave as HardwareFault, with rank and host.
+
+    Too little GPU memory is the user's ValueError: it would be too little again.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"{World.of_this_process()} is out of GPU memory: lower data.max_tokens, choose another cluster= "
+            f"or model.activation_checkpointing=full ({_first_line(error)})"
+        ) from error
+    except (distributed.DistError, torch.AcceleratorError) as error:
+        raise HardwareFault(f"{World.of_this_process()}: {_first_line(error)}") from error
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        raise HardwareFault(f"{World.of_this_process()} lost another rank: {_first_line(error)}") from error
+    except OSError as error:
+        if error.errno not in TRANSIENT:
+            raise
+        raise HardwareFault(f"{World.of_this_process()}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
