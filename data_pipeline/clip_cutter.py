@@ -1,5 +1,7 @@
 """One video -> its clips of story frames, and a report of what became of it."""
 
+import hashlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -47,6 +49,12 @@ class Video:
     id: str
     path: Path
     key: str
+
+
+def readable_key(source_id: str) -> str:
+    """What keys of clips of a source begin with: a half that can be read, and one that is unique."""
+    readable = re.sub("[^a-z0-9]+", "-", Path(source_id).stem.lower())[:40].strip("-") or "video"
+    return f"{readable}-{hashlib.sha1(source_id.encode()).hexdigest()[:12]}"
 
 
 @dataclass

@@ -9,10 +9,8 @@ used are named in DATASET/rejected.jsonl. Stopped or killed, the same command co
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 import signal
 import sys
 import time
@@ -29,7 +27,7 @@ from omegaconf import MISSING
 from tqdm import tqdm
 
 from conf.command import Stopped, run
-from data_pipeline.clip_cutter import Recipe, Video, cut_video, write_rejection
+from data_pipeline.clip_cutter import Recipe, Video, cut_video, readable_key, write_rejection
 from data_pipeline.dataset import DatasetRecord, Number, finish, tool_versions, write_atomically, writing
 from data_pipeline.shard_parts import Part, PlannedShard, plan_shards, remove_parts
 from data_pipeline.shard_writer import VideoReport
@@ -83,7 +81,7 @@ def main(config: SampleFramesConfig) -> None:
     videos = find_videos(Path(config.videos))
     out = Path(config.out)
     started = time.monotonic()
-    with _stop_signals() as stop_requested:
+    with stop_signals() as stop_requested:
         counts, num_new_clips = sample_frames(videos, out, config, stop_requested)
     print(_summary(counts, out, num_new_clips, time.monotonic() - started))
 
@@ -191,9 +189,7 @@ def _cut_missing(
 
 
 def _video(video_id: str, path: Path) -> Video:
-    """The key has a readable half and one that is unique."""
-    readable = re.sub("[^a-z0-9]+", "-", Path(video_id).stem.lower())[:40].strip("-") or "video"
-    return Video(video_id, path, f"{readable}-{hashlib.sha1(video_id.encode()).hexdigest()[:12]}")
+    return Video(video_id, path, readable_key(video_id))
 
 
 def _as_text(path: Path) -> str:
@@ -265,7 +261,7 @@ def _progress(num_videos: int, num_missing: int) -> tqdm:
 
 
 @contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C or SIGTERM came. They only set a flag: an exception may get lost in a fork."""
     received: list[int] = []
     before = {
