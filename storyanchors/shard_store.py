@@ -36,7 +36,7 @@ PASSING_ERRNOS = {
     errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
     errno.EREMOTEIO, errno.ENOTCONN,
 }  # fmt: skip
-PASSING_BOTOCORE = {"HTTPClientError", "IncompleteReadError", "IncompleteRead", "ResponseParserError"}
+PASSING_BOTOCORE = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
 Result = TypeVar("Result")
 
 
@@ -239,7 +239,7 @@ def _open_s3() -> Any:
         from s3fs import S3FileSystem
     except ImportError as error:
         raise ValueError("s3:// needs s3fs: pip install 'storyanchors[s3]'") from error
-    timeouts = {"connect_timeout": 20, "read_timeout": 30, "retries": {"max_attempts": 1}}
+    timeouts = {"connect_timeout": 20, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
     system = S3FileSystem(skip_instance_cache=True, config_kwargs=timeouts)
     system.retries = 1  # the attempts are counted in one place: here
     return system
