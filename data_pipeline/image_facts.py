@@ -10,12 +10,9 @@ import warnings
 from PIL import Image
 
 from data_pipeline.picture import MULTIPLE
-from storyanchors.clip import MAX_FRAME_PIXELS
+from storyanchors.clip import IMAGE_FORMATS, IMAGE_MODES, MAX_FRAME_PIXELS
 
-FORMATS = ("JPEG", "PNG", "WEBP")
 _ORIENTATION = 0x0112  # EXIF tag; 1 = as stored
-_PLAIN_MODES = ("RGB", "L", "P", "1")
-_ALPHA_MODES = ("RGBA", "LA", "PA")
 
 
 def story_frame_size_of(content: bytes) -> tuple[int, int]:
@@ -26,7 +23,7 @@ def story_frame_size_of(content: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
             exif = Image.Exif()
             exif.load(image.info.get("exif"))
     except Exception as error:  # of a header that was made to trip a parser, anything may come
@@ -37,10 +34,9 @@ def story_frame_size_of(content: bytes) -> tuple[int, int]:
         raise ValueError("an animation, expected one picture")
     if exif.get(_ORIENTATION, 1) != 1:
         raise ValueError(f"EXIF orientation {exif[_ORIENTATION]}: turn it upright first")
-    has_alpha = image.mode in _ALPHA_MODES or "transparency" in image.info
-    if image.mode not in (*_PLAIN_MODES, *_ALPHA_MODES):
+    if image.mode not in IMAGE_MODES:
         raise ValueError(f"pixels of kind {image.mode}, expected 8 bits of RGB or grey")
-    if has_alpha and _is_transparent(image):
+    if image.has_transparency_data and _is_transparent(image):
         raise ValueError("transparent: what is behind it is not known")
     height, width = (side // MULTIPLE * MULTIPLE for side in (image.height, image.width))
     if not height or not width:

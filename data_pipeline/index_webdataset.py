@@ -247,7 +247,8 @@ def _cut_missing_videos(
         finally:
             part.video.path.unlink(missing_ok=True)
 
-    total = sum(len(record.videos) for record in records)
+    if not (total := sum(len(record.videos) for record in records)):
+        return
     with _progress("cutting", total, total - len(tasks), unit="video") as bar:
 
         def tick() -> None:

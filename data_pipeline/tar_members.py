@@ -47,7 +47,7 @@ class TarMember:
 def tar_members(read_at: ReadAt, num_bytes: int) -> Iterator[TarMember]:
     """Every member but folders, in the order of the tar; BrokenTar where it ends early or is damaged."""
     position, said = 0, {}
-    while any(block := read_at(position, _BLOCK)):
+    while any(block := _whole_block(read_at(position, _BLOCK), num_bytes)):
         header = _header(block, position)
         begin = end = position + _BLOCK
         if header.type not in _WITHOUT_CONTENT:
@@ -62,8 +62,12 @@ def tar_members(read_at: ReadAt, num_bytes: int) -> Iterator[TarMember]:
         if header.type != tarfile.DIRTYPE:
             yield TarMember(name, begin, end - begin, _refusal(name, header.type, said))
         said = {}
+
+
+def _whole_block(block: bytes, num_bytes: int) -> bytes:
     if len(block) < _BLOCK:
         raise BrokenTar(f"cut: it ends at byte {num_bytes} without the end of an archive")
+    return block
 
 
 def _header(block: bytes, position: int) -> tarfile.TarInfo:
