@@ -1,7 +1,7 @@
 """One habit for every command: `key=value` over conf/<name>.yaml, typed by a dataclass, errors in one line.
 
-Exit status: 0 done, 1 the user's error (one line on stderr), 75 stopped on purpose and resumable, 69 a machine
-or its network failed, 70 training went wrong and a person must look. `--some-key` is short for some_key=true.
+Exit status: 0 done, 1 the user's error (one line on stderr), 75 stopped on purpose and resumable, 69 a
+machine or its network failed, 70 training went wrong, ask a person. `--some-key` is short for some_key=true.
 Past `run` there are typed objects, no DictConfig, and nothing is ever instantiated from a name in a file.
 """
 
@@ -26,11 +26,12 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from conf.verdict import write_verdict
+
 CONF_DIR = Path(__file__).parent
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 HARDWARE = 69  # EX_UNAVAILABLE: so it may after this, as long as that helps
 UNHEALTHY = 70  # EX_SOFTWARE: and not after this, which would come again
-VERDICTS = "STORYANCHORS_VERDICTS"  # the folder for verdicts, set by the batch script
 Config = TypeVar("Config")
 
 
@@ -64,34 +65,26 @@ def run(main: Callable[[Config], None], schema: type[Config], name: str) -> None
         _leave(UNHEALTHY, f"unhealthy: {error}")
     except (ValueError, OSError) as error:  # what a user can mend; our own faults keep their traceback
         if os.environ.get("STORYANCHORS_TRACEBACK"):
-            _write_verdict(1, f"error: {error}")
+            write_verdict(1, f"error: {error}")
             raise
         _leave(1, f"error: {error}")
     except Exception as error:
-        _write_verdict(1, f"error: {type(error).__name__}: {error}")
+        write_verdict(1, f"error: {type(error).__name__}: {error}")
         raise
 
 
 def _leave(status: int, reason: str) -> NoReturn:
     reason = " ".join(reason.split())
     print(reason, file=sys.stderr, flush=True)
-    _write_verdict(status, reason)
+    write_verdict(status, reason)
     sys.exit(status)
 
 
-def _write_verdict(status: int, reason: str) -> None:
-    """One line for the batch script, to which srun only tells the highest status of all ranks.
-
-    A rank that ends with 1 has the others killed, and so srun says 137; the verdicts say why.
-    """
-    if not (folder := os.environ.get(VERDICTS)):
-        return
-    path = Path(folder, f"rank_{int(os.environ.get('SLURM_PROCID', 0)):05d}")
-    try:
-        path.with_suffix(".tmp").write_text(f"{status} {' '.join(reason.split())}\n")
-        path.with_suffix(".tmp").replace(path)
-    except OSError as error:
-        print(f"cannot write the verdict {path}: {error}", file=sys.stderr)
+def leave_at_once(status: int, reason: str) -> NoReturn:
+    """Ends the process from any thread, also while the main one hangs in a collective."""
+    print(reason, file=sys.stderr, flush=True)
+    write_verdict(status, reason)
+    os._exit(status)
 
 
 def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config:

@@ -1,7 +1,9 @@
 """Every command reads its settings in one way and says in one line what does not fit."""
 
 import contextlib
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -184,6 +186,19 @@ def test_a_rank_leaves_its_verdict_for_the_batch_script(use_tool, monkeypatch, t
         use_tool(raises(VERDICTS[verdict]), "part.path=x")
     assert (tmp_path / "rank_00012").read_text() == verdict
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("code", "status"), [("import nothing_like_it", 1), ("open('/nowhere')", 69), ("1", 0)]
+)
+def test_an_error_among_the_imports_leaves_a_verdict(tmp_path, code, status):
+    code = f"from conf.verdict import report_crashes; report_crashes(); {code}"
+    environ = os.environ | {"STORYANCHORS_VERDICTS": str(tmp_path), "SLURM_PROCID": "3"}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=environ, capture_output=True, text=True)
+    assert ("Traceback" in done.stderr) == bool(status) == bool(done.returncode)
+    assert [path.read_text().split()[0] for path in tmp_path.glob("rank_00003")] == [str(status)] * bool(
+        status
+    )
 
 
 def test_a_verdict_that_cannot_be_written_does_not_change_the_status(use_tool, monkeypatch, tmp_path):
