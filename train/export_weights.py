@@ -55,7 +55,7 @@ def main(config: ExportWeightsConfig) -> None:
     run_dir = Path(config.run_dir)
     check_output_folder(config.out, made_with=MADE_WITH[config.format])
     settings = read_settings(run_dir)
-    checkpoint = newest_checkpoint(run_dir)
+    checkpoint = newest_checkpoint(run_dir, config.which)
     if checkpoint is None:
         raise ValueError(f"{run_dir} has no complete checkpoint under checkpoints/")
     try:

@@ -1,68 +1,85 @@
-"""Checkpoints around the training step: restored when it starts; saved on schedule, at the end, on a signal."""
+"""Checkpoints around the training step: restored at the start, saved on schedule, on request, at the end."""
 
 import logging
+import signal
+import time
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor
 
-from train.checkpoints import (
-    Checkpoint,
-    CheckpointConfig,
-    TrainingState,
-    remove_old_checkpoints,
-    trained_weights,
-    write_checkpoint,
-)
+from train.agree import from_first, gather, largest, num_ranks
+from train.checkpoint_writer import CheckpointWriter, describe_state
+from train.checkpoints import CheckpointConfig, TrainingState, expected_step, remove_leftovers
 from train.loader import ClipBatch
+from train.restore import choose_checkpoint, read_rng_state, restore, rng_state, seed_rng, set_rng_state
 from train.run_folder import plain_config
+from train.stable_hash import stable_hash
 from train.stop_signals import StopFlag
 from train.story_module import StoryModule
+from train.tensor_ranges import TensorRange
+from train.trained_state import MOMENTS
 
 log = logging.getLogger(__name__)
 
+SAVE, SAVE_QUIT = "save", "save_quit"  # files in the run folder that ask for a checkpoint
+
 
 class RunCheckpoints(Callback):
-    """Restores a checkpoint when training starts; saves on schedule, at the end, and when asked to stop.
+    """Goes on from the newest sound checkpoint, and saves without holding up the steps.
 
-    Lightning's own checkpoints are not used: they are pickles, and they are not marked as complete.
+    Lightning's own checkpoints are not used: they are pickles, and they are not marked as complete. All that
+    ranks must agree on is decided by one small collective at the end of a step: a signal to any of them,
+    what the first one was asked for, and whether the files of the save in flight are written.
     """
 
-    def __init__(
-        self,
-        run_dir: Path,
-        config: CheckpointConfig,
-        stop: StopFlag,
-        *,
-        preset: str,
-        resume_from: Checkpoint | None,
-    ):
+    def __init__(self, run_dir: Path, config: CheckpointConfig, stop: StopFlag, *, preset: str):
         self.run_dir = run_dir
         self.config = config
         self.stop = stop
         self.preset = preset
-        self.resume_from = resume_from
-        self.last_step = 0
+        self.stopped_by: str | None = None  # in words, once the run was asked to end
+        self.last_step = self.saved_step = self.position = 0
+        self.last_save = time.monotonic()
 
     def on_fit_start(self, trainer: L.Trainer, module: StoryModule) -> None:
         module.set_up_state(trainer.optimizers[0])
-        if isinstance(trainer.strategy, DeepSpeedStrategy) and trainer.world_size > 1:
-            raise ValueError(
-                "strategy=deepspeed shards the optimizer, which checkpoints do not gather: use devices=1"
-            )
-        if self.resume_from is None:
+        rank = trainer.global_rank
+        self.is_first = rank == 0
+        if self.is_first:
+            remove_leftovers(self.run_dir)
+        self.writer = CheckpointWriter(self.run_dir, attempt=from_first(uuid4().hex[:8]))
+        checkpoint = choose_checkpoint(self.run_dir, rank)
+        self.rng = None
+        if checkpoint is None:
             return
-        state = self.resume_from.state
-        trainer.optimizers[0].load_state_dict(self.resume_from.optimizer_state())
-        module.restore(self.resume_from)
+        restore(module, checkpoint, rank)
+        self.rng = read_rng_state(checkpoint, rank, num_ranks())
+        step = checkpoint.state.step
+        if self.is_first:
+            expected = expected_step(self.run_dir)
+            if expected is not None and expected > step:
+                log.warning("step %d was saved, and is no more: going on from step %d", expected, step)
+            log.info("going on from %s", checkpoint.folder)
         # Lightning has no setter; its own checkpoints restore global_step through the same two counters
         steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-        steps.ready = steps.completed = self.last_step = state.step
+        steps.ready = steps.completed = self.last_step = self.saved_step = step
+        self.position = module.position
 
     def on_train_start(self, trainer: L.Trainer, module: StoryModule) -> None:
-        self.stop.install()  # again: Lightning has put its own SIGTERM handler over it
+        [signal_number] = largest([int(self.stop.received or 0)], trainer.strategy.root_device)
+        self.stop_for(trainer, signal_number)  # received before there was a step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: StoryModule, batch: ClipBatch, batch_idx: int
+    ) -> None:
+        if batch_idx == 0:  # not before: starting the loader draws a number
+            seed_rng(stable_hash("global generators", module.seed, trainer.global_rank))
+            if self.rng is not None:
+                set_rng_state(self.rng)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StoryModule, outputs: Any, batch: ClipBatch, batch_idx: int
@@ -70,35 +87,100 @@ class RunCheckpoints(Callback):
         step = trainer.global_step
         if step == self.last_step:  # a batch whose gradients are accumulated
             return
-        self.last_step = step
-        stopping = trainer.strategy.reduce_boolean_decision(self.stop.received is not None, all=False)
-        if stopping or step % self.config.every_n_steps == 0 or step == trainer.max_steps:
+        self.last_step, self.position = step, module.position
+        signal_number, quitting, saving, writing = largest(self.wishes(trainer), trainer.strategy.root_device)
+        if self.writer.step is not None and not writing:
+            self.finish_save()
+        self.stop_for(trainer, signal_number, quitting)
+        if saving or trainer.should_stop or self.config.is_due(step):
             self.save(trainer, module)
-        if stopping:
+
+    def stop_for(self, trainer: L.Trainer, signal_number: int, quitting: bool = False) -> None:
+        if signal_number or quitting:
+            self.stopped_by = signal.Signals(signal_number).name if signal_number else SAVE_QUIT
             trainer.should_stop = True
 
-    def save(self, trainer: L.Trainer, module: StoryModule) -> None:
+    def wishes(self, trainer: L.Trainer) -> list[int]:
+        """[number of a stop signal, save_quit, save, whether this rank still writes]; files are used up."""
+        asked = {SAVE: False, SAVE_QUIT: False}
+        minutes = self.config.every_minutes
         if trainer.is_global_zero:
-            state = TrainingState(
-                step=trainer.global_step,
-                position=module.position,
-                num_ema_updates=module.ema.num_updates,
-                skipped_in_a_row=module.skipped_in_a_row,
-                num_skipped=module.num_skipped,
-                stage=module.stage.name,
-                preset=self.preset,
-            )
-            checkpoint = write_checkpoint(
-                self.run_dir,
-                state,
-                model=trained_weights(module.dit),
-                ema={
-                    fragment.name: average.view(fragment.shape)
-                    for fragment, average in zip(module.trained.fragments, module.ema.average, strict=True)
-                },
-                optimizer=trainer.optimizers[0].state_dict(),
-                dit_config=plain_config(module.dit),
-            )
-            remove_old_checkpoints(self.run_dir, self.config.keep_last)
-            log.info("wrote %s", checkpoint.folder)
-        trainer.strategy.barrier()
+            for name in asked:
+                asked[name] = (self.run_dir / name).exists()
+                (self.run_dir / name).unlink(missing_ok=True)
+            asked[SAVE] |= minutes is not None and time.monotonic() - self.last_save > 60 * minutes
+        received = self.stop.received or 0
+        return [int(received), asked[SAVE_QUIT], asked[SAVE], self.writer.is_writing]
+
+    def on_train_end(self, trainer: L.Trainer, module: StoryModule) -> None:
+        if self.stopped_by is None and self.last_step < trainer.max_steps:
+            self.stopped_by = "trainer.max_time"  # its timer has stopped the run, between our look and now
+        if self.saved_step < self.last_step:
+            self.save(trainer, module)
+        if self.writer.step is not None:
+            self.finish_save()
+        self.writer.close()
+
+    def on_exception(self, trainer: L.Trainer, module: StoryModule, exception: BaseException) -> None:
+        if hasattr(self, "writer"):
+            self.writer.give_up()
+
+    def save(self, trainer: L.Trainer, module: StoryModule) -> None:
+        """Copies this rank's state and starts to write it; waits for the save before, if one is in flight."""
+        if self.writer.step is not None:
+            self.finish_save()
+        state = TrainingState(
+            step=self.last_step,
+            position=self.position,
+            num_updates=module.trained.num_updates,
+            num_ema_updates=module.ema.num_updates,
+            skipped_in_a_row=module.skipped_in_a_row,
+            num_skipped=module.num_skipped,
+            stage=module.stage.name,
+            preset=self.preset,
+        )
+        texts = describe_state(state, plain_config(module.dit)) if trainer.is_global_zero else {}
+        self.writer.begin(self.last_step, self.files(trainer.global_rank, module), texts)
+        self.saved_step, self.last_save = self.last_step, time.monotonic()
+
+    def files(self, rank: int, module: StoryModule) -> dict[str, list[TensorRange]]:
+        """What this rank writes; of what all ranks hold, the first one writes everything."""
+        own = [TensorRange(name, tuple(t.shape), 0, t.flatten()) for name, t in rng_state().items()]
+        files = {f"rng-{rank:05d}-of-{num_ranks():05d}.safetensors": own}
+        if module.trained.is_sharded or rank == 0:
+            part = f"{rank:05d}-of-{num_ranks():05d}" if module.trained.is_sharded else "00000-of-00001"
+            model = [TensorRange(f.name, f.shape, f.start, f.weights) for f in module.trained.fragments]
+            moments = module.trained.moments()
+            files |= {
+                f"model-{part}.safetensors": model,
+                f"ema-{part}.safetensors": _of_others(model, module.ema.average),
+                f"optimizer-{part}.safetensors": [
+                    moment for name in MOMENTS for moment in _of_others(model, moments[name], f"{name}/")
+                ],
+            }
+        return files
+
+    def finish_save(self) -> None:
+        """Waits for the files of all ranks; the first rank commits. OSError on all ranks if that failed."""
+        written = gather(self.writer.wait())
+        error = next((other.error for other in written if other.error), None)
+        if self.is_first and error is None:
+            try:
+                files = {name: file for other in written for name, file in other.files.items()}
+                log.info("wrote %s", self.writer.commit(files, self.config).folder)
+            except OSError as failed:
+                error = f"could not commit {self.writer.temporary}: {failed}"
+        error = from_first(error)
+        if error is not None:
+            if self.is_first:
+                self.writer.give_up()
+            raise OSError(f"{error}. The older checkpoints are whole; the same command goes on from them")
+        self.writer.release()
+
+
+def _of_others(ranges: list[TensorRange], values: list[Tensor], prefix: str = "") -> list[TensorRange]:
+    """The same ranges of other tensors."""
+    return [
+        TensorRange(prefix + part.name, part.shape, part.start, tensor)
+        for part, tensor in zip(ranges, values, strict=True)
+    ]

@@ -19,7 +19,18 @@ from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import MODEL_FILE, read_story_model
 from storyanchors.lora import WHOLE, LoraSettings, add_lora, merge_lora
 from storyanchors.weights import load_base_weights, load_story_dit
-from train.checkpoints import Checkpoint, load_trained_weights, newest_checkpoint, weights_sha256
+from train.checkpoints import (
+    NEWEST,
+    Checkpoint,
+    expected_step,
+    find_fault,
+    list_checkpoints,
+    load_trained_weights,
+    newest_checkpoint,
+    refuse_damaged,
+    set_aside,
+    weights_sha256,
+)
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +38,8 @@ CONFIG, PROVENANCE = "config.yaml", "provenance.json"
 # what may differ when a run goes on; everything else decides what is learned, or which bits come out
 MAY_CHANGE = (
     "strategy",
+    "offload",
+    "collective_timeout_s",
     "deepspeed",
     "run_dir",
     "init_from",
@@ -35,14 +48,22 @@ MAY_CHANGE = (
     "log_every_n_steps",
     "checkpoint",
     "samples",
+    "held_out",
+    "plan_report",
+    "dry_run",
+    "preflight",
     "trainer",
 )
 MAY_CHANGE_INSIDE = (
     "data.dataset",
     "data.num_workers",
+    "data.prefetch_mb",
+    "data.max_broken_share",
+    "data.log_keys",
     "model.base_weights",
     "model.activation_checkpointing",
     "model.caption_cache",
+    "model.sequence_parallel",
     "stage.steps",
 )
 
@@ -60,26 +81,45 @@ class HandedOver:
 
 
 def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> Checkpoint | None:
-    """The checkpoint to go on from, or None for a new run.
+    """The newest checkpoint by its files' sizes, or None for a new run; training compares their hashes.
 
-    ValueError when resume=never meets an existing run, or the run was made with other settings.
+    ValueError when the run was made with other settings, when it has had checkpoints and none can be used,
+    and when resume=never meets a run with one that can.
     """
     if resume not in ("auto", "never"):
         raise ValueError(f"resume is {resume!r}, expected auto or never")
-    if run_dir.exists() and not run_dir.is_dir():
-        raise NotADirectoryError(f"run_dir {run_dir} is a file, expected a folder")
-    config = run_dir / CONFIG
-    if not config.is_file():
+    if not (run_dir / CONFIG).is_file():
         return None
-    if resume == "never" and rank_zero_only.rank == 0:  # the first rank has begun when the others start
+    if resume == "never":
+        if rank_zero_only.rank == 0:  # the first rank has begun when the others start
+            _forget_checkpoints(run_dir)
+        return None
+    folders = list_checkpoints(run_dir)
+    faults = {folder: find_fault(folder) for folder in folders}
+    usable = next((folder for folder in folders if faults[folder] is None), None)
+    if usable is None:
+        if folders:
+            refuse_damaged(run_dir, faults)
+        if (step := expected_step(run_dir)) is not None:
+            raise ValueError(
+                f"{run_dir} has had a checkpoint of step {step}, and there is none now: put it back, or give "
+                "resume=never to start the run anew"
+            )
+        return None
+    _check_settings(read_settings(run_dir), settings, run_dir / CONFIG)
+    return Checkpoint(usable)
+
+
+def _forget_checkpoints(run_dir: Path) -> None:
+    """Puts damaged checkpoints out of the way of a run that is started anew; ValueError if one is sound."""
+    if checkpoint := newest_checkpoint(run_dir):
         raise ValueError(
-            f"{run_dir} holds a run already: choose another run_dir, or resume=auto to go on with it"
+            f"{run_dir} holds a run already ({checkpoint.folder.name}): choose another run_dir, or "
+            "resume=auto to go on with it"
         )
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is not None:
-        _check_settings(read_settings(run_dir), settings, config)
-        log.info("going on from %s", checkpoint.folder)
-    return checkpoint
+    for folder in list_checkpoints(run_dir):
+        log.warning("%s is %s now", folder, set_aside(folder).name)
+    (run_dir / "checkpoints" / NEWEST).unlink(missing_ok=True)
 
 
 def write_settings(run_dir: Path, settings: dict[str, Any]) -> None:
@@ -205,7 +245,7 @@ def read_init_from(
 
 
 def _from_run(run_dir: Path, *, merged: bool) -> HandedOver:
-    checkpoint = newest_checkpoint(run_dir)
+    checkpoint = newest_checkpoint(run_dir, "ema")
     if checkpoint is None:
         raise ValueError(f"init_from {run_dir} has no complete checkpoint under checkpoints/")
     step = checkpoint.state.step

@@ -6,25 +6,40 @@ import logging
 import pytest
 import torch
 
+from train.checkpoint_writer import CheckpointWriter, describe_state
 from train.checkpoints import (
     MANIFEST,
+    Checkpoint,
+    CheckpointConfig,
     TrainingState,
+    expected_step,
+    find_damage,
     find_fault,
+    hashed_files,
     load_trained_weights,
     newest_checkpoint,
-    remove_old_checkpoints,
+    remove_leftovers,
+    set_aside,
     trained_weights,
     weights_sha256,
-    write_checkpoint,
 )
+from train.tensor_ranges import TensorRange
+
+MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
 
 
-def write(run_dir, step: int):
-    weights = {"weight": torch.full((3, 2), float(step))}
-    state = TrainingState(step, 2 * step, step, 0, 0, "continuation", "tiny")
-    return write_checkpoint(
-        run_dir, state, model=weights, ema=weights, optimizer={"lr": 0.1}, dit_config={"a": [1]}
-    )
+def write(run_dir, step: int) -> Checkpoint:
+    kinds = ("model", "ema", "optimizer")
+    values = torch.full((6,), float(step))
+    state = TrainingState(step, 2 * step, step, step, 0, 0, "continuation", "tiny")
+    writer = CheckpointWriter(run_dir, "attempt")
+    files = {
+        f"{kind}-00000-of-00001.safetensors": [TensorRange("weight", (3, 2), 0, values)] for kind in kinds
+    }
+    writer.begin(step, files, describe_state(state, {"a": [1]}))
+    checkpoint = writer.commit(writer.wait().files, CheckpointConfig(keep_last=9))
+    writer.close()
+    return checkpoint
 
 
 def no_manifest(folder):
@@ -32,17 +47,17 @@ def no_manifest(folder):
 
 
 def cut_off(folder):
-    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    (folder / MODEL).write_bytes((folder / MODEL).read_bytes()[:-1])
 
 
 def flipped_bit(folder):
-    content = bytearray((folder / "ema.safetensors").read_bytes())
+    content = bytearray((folder / MODEL).read_bytes())
     content[-1] ^= 1
-    (folder / "ema.safetensors").write_bytes(content)
+    (folder / MODEL).write_bytes(content)
 
 
 def lost_file(folder):
-    (folder / "optimizer.pt").unlink()
+    (folder / OPTIMIZER).unlink()
 
 
 def half_manifest(folder):
@@ -56,18 +71,18 @@ def other_version(folder):
 def test_what_is_written_is_read_back(tmp_path):
     write(tmp_path, 7)
     checkpoint = newest_checkpoint(tmp_path)
-    assert checkpoint.state == TrainingState(7, 14, 7, 0, 0, "continuation", "tiny")
+    assert checkpoint.state == TrainingState(7, 14, 7, 7, 0, 0, "continuation", "tiny")
     assert torch.equal(checkpoint.weights("ema")["weight"], torch.full((3, 2), 7.0))
-    assert checkpoint.optimizer_state() == {"lr": 0.1} and checkpoint.dit_config == {"a": [1]}
+    assert checkpoint.dit_config == {"a": [1]} and expected_step(tmp_path) == 7
 
 
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (no_manifest, MANIFEST),
-        (cut_off, "model.safetensors"),
-        (flipped_bit, "ema.safetensors"),
-        (lost_file, "optimizer.pt"),
+        (cut_off, MODEL),
+        (flipped_bit, MODEL),
+        (lost_file, OPTIMIZER),
         (half_manifest, MANIFEST),
         (other_version, "99"),
     ],
@@ -76,44 +91,58 @@ def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, caplog, damage,
     write(tmp_path, 1)
     damaged = write(tmp_path, 2).folder
     damage(damaged)
-    assert named in find_fault(damaged)
     with caplog.at_level(logging.WARNING):
         assert newest_checkpoint(tmp_path).state.step == 1
     assert str(damaged) in caplog.text and named in caplog.text
 
 
-def test_a_failed_write_leaves_the_others_and_nothing_half_written(tmp_path, monkeypatch):
-    write(tmp_path, 1)
-
-    def disk_full(*args):
-        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2368 vs 2260")
-
-    monkeypatch.setattr(torch, "save", disk_full)
-    with pytest.raises(OSError, match=r"step_00000002: .*unexpected pos.* MiB are free"):
-        write(tmp_path, 2)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000001"]
-    assert newest_checkpoint(tmp_path).state.step == 1
+def test_a_size_is_seen_at_once_and_a_bit_by_its_hash(tmp_path):
+    cut, flipped = write(tmp_path, 1).folder, write(tmp_path, 2).folder
+    cut_off(cut), flipped_bit(flipped)
+    assert MODEL in find_fault(cut) and find_fault(flipped) is None
+    assert MODEL in find_damage(flipped, hashed_files(flipped))
 
 
-def test_the_manifest_covers_every_file_and_names_a_whole_folder(tmp_path):
-    folder = write(tmp_path, 1).folder
-    files = json.loads((folder / MANIFEST).read_text())["files"]
-    assert {path.name for path in folder.iterdir()} == {*files, MANIFEST}
+def test_who_needs_the_average_alone_does_not_read_the_rest(tmp_path):
+    flipped_bit(write(tmp_path, 2).folder)
+    assert newest_checkpoint(tmp_path, "ema").state.step == 2
+    assert newest_checkpoint(tmp_path, "model") is None
 
 
-def test_the_last_k_are_kept(tmp_path):
-    for step in range(1, 6):
-        write(tmp_path, step)
-    (tmp_path / "checkpoints" / ".step_00000004.tmp").mkdir()  # left by a killed process
-    remove_old_checkpoints(tmp_path, keep_last=2)
+def test_what_a_killed_process_leaves_is_removed(tmp_path):
+    write(tmp_path, 4)
+    (tmp_path / "checkpoints" / ".step_00000004.1a2b.tmp").mkdir()
+    (tmp_path / "checkpoints" / ".trash-step_00000003").mkdir()
+    remove_leftovers(tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "newest.json",
         "step_00000004",
-        "step_00000005",
     ]
 
 
-def test_no_checkpoints_is_no_checkpoint(tmp_path):
+def test_what_is_set_aside_is_neither_counted_nor_lost(tmp_path):
+    for _ in range(2):
+        set_aside(write(tmp_path, 4).folder)
     assert newest_checkpoint(tmp_path) is None
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"newest.json", "damaged_step_00000004", "damaged_step_00000004_2"}
+
+
+def test_no_checkpoints_is_no_checkpoint(tmp_path):
+    assert newest_checkpoint(tmp_path) is None and expected_step(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"every_n_steps": 0}, "at least 1"),
+        ({"keep_every_n_steps": 0}, "at least 1"),
+        ({"every_minutes": 0}, "more"),
+    ],
+)
+def test_a_wrong_setting_is_one_clear_error(setting, message):
+    with pytest.raises(ValueError, match=message):
+        CheckpointConfig(**setting)
 
 
 def half_frozen() -> torch.nn.Module:
