@@ -35,6 +35,12 @@ class TrainedState(ABC):
     @staticmethod
     def of(dit: nn.Module, optimizer: torch.optim.Optimizer) -> "TrainedState":
         """ValueError for trained weights that are not float32."""
+        from train.zero_state import ReplicatedWeights, ShardedWeights  # which build on this file
+
+        if hasattr(optimizer, "single_partition_of_fp32_groups"):
+            return ReplicatedWeights(dit, optimizer)
+        if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+            return ShardedWeights(dit, optimizer)
         return WholeState(dit, optimizer)
 
     @abstractmethod

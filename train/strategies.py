@@ -1,0 +1,145 @@
+"""How a run is spread over processes: one device, DDP, or DeepSpeed's ZeRO stage 1, 2 and 3.
+
+Under every strategy weights, gradients' sums, masters and moments are float32; bf16-mixed computes products
+in bfloat16 by autocast. So a strategy changes memory and traffic, not numbers.
+"""
+
+import os
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.seed import reset_seed
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3")
+PRECISIONS = ("32-true", "bf16-mixed")
+
+
+def build_strategy(
+    name: str,
+    *,
+    offload: bool,
+    timeout_s: float,
+    deepspeed: dict[str, Any],
+    trainer: dict[str, Any],
+    clip_norm: float,
+) -> DDPStrategy | DeepSpeedStrategy | str:
+    """What L.Trainer takes as strategy.
+
+    auto is ddp where the trainer's devices and num_nodes ask for more than one process. offload keeps ZeRO's
+    masters and moments, and stage 3's weights too, in the host's memory. deepspeed goes over DeepSpeed's own
+    settings (https://www.deepspeed.ai/docs/config-json). timeout_s holds for every group of processes.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a pickle never runs code, whoever loads it
+    timeout = timedelta(seconds=timeout_s)
+    set_group_timeout(timeout)
+    if name.startswith("zero"):
+        if trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
+        settings = zero_settings(int(name[-1]), offload=offload, clip_norm=clip_norm, more=deepspeed)
+        return ZeroStrategy(config=settings, timeout=timeout)
+    if offload or deepspeed:
+        given = "offload=true" if offload else f"deepspeed.{next(iter(deepspeed))}"
+        raise ValueError(f"{given} is for strategy=zero1, zero2 or zero3, found strategy={name}")
+    if name == "auto" and trainer.get("devices") == trainer.get("num_nodes") == 1:
+        return "auto"
+    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+
+
+def zero_settings(stage: int, *, offload: bool, clip_norm: float, more: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's config. No optimizer of its own in it: those compile C++ when a run starts."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 200_000_000,
+        "allgather_bucket_size": 200_000_000,
+    }
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    ours = {
+        "train_micro_batch_size_per_gpu": 1,  # for its own log alone
+        "gradient_clipping": clip_norm,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    return _merged(ours, more)
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """For every group of processes made from now on, also those that DeepSpeed makes without asking for one.
+
+    Without it a stopped process kept the others waiting for over nine minutes, with a timeout of 10 s.
+    """
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """Autocast over float32 weights, as without DeepSpeed; its own bf16 would round weights and sums."""
+
+    def forward_context(self) -> AbstractContextManager:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        enabled = self._desired_dtype == torch.bfloat16
+        # not cached: the copies of a sharded network's weights would be a whole network
+        return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def _clip_gradients(self, *args, **kwargs) -> None:
+        """DeepSpeed clips; Lightning would call the module's hook as well."""
+
+    def backward(self, tensor: Tensor, model, optimizer, *args, **kwargs) -> None:
+        # Lightning has divided by the number of micro-steps already
+        model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """Lightning's, also on CPUs (gloo), so that a laptop can try the same command."""
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed wants an index
+
+    def setup_environment(self) -> None:
+        super(DeepSpeedStrategy, self).setup_environment()  # its own only refuses CPUs
+
+    def setup_distributed(self) -> None:
+        import deepspeed
+
+        # an op of its CPU backend, compiled at start: killed meanwhile it leaves a lock that all wait for
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        reset_seed()
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    def _format_config(self) -> None:
+        if self.precision_plugin.precision not in PRECISIONS:
+            raise ValueError(
+                f"trainer.precision is {self.precision_plugin.precision}, expected {' or '.join(PRECISIONS)}"
+            )
+        self.precision_plugin = ZeroPrecision(self.precision_plugin.precision)
+        self._format_batch_size_and_grad_accum_config()
+
+    def last_norm(self) -> Tensor:
+        """Of the last step's gradients, before clipping; inf where the step was skipped."""
+        engine = self.deepspeed_engine
+        norm = engine.get_global_grad_norm() if engine.was_step_applied() else float("inf")
+        return torch.as_tensor(norm, dtype=torch.float32)
+
+
+def _merged(ours: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(ours[key], value) if isinstance(ours.get(key), dict) else value
+        for key, value in more.items()
+    }
+    return ours | both
