@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
 from torch import Tensor
 
 from storyanchors.diffusers_export import load_diffusers_wan
@@ -16,8 +15,10 @@ from storyanchors.generator import StoryGenerator
 from storyanchors.lora import LoraSettings, load_lora
 from storyanchors.story import Event, Story
 from storyanchors.weights import load_story_dit
-from train.checkpoints import TrainingState, newest_checkpoint, trained_weights, write_checkpoint
+from train.checkpoint_writer import CheckpointWriter, describe_state
+from train.checkpoints import CheckpointConfig, TrainingState, newest_checkpoint, trained_weights
 from train.run_folder import plain_config, read_network, write_provenance, write_settings
+from train.tensor_ranges import TensorRange
 
 
 def velocity(dit: StoryDiT) -> Tensor:
@@ -40,16 +41,27 @@ def wan_run(tmp_path) -> Path:
     write_settings(run_dir, {"model": model, "samples": {"num_steps": 1, "guidance_scale": 1.0}})
     about = dict(stage="global_caption", preset="wan-1.3b", frame_size=(64, 64))
     write_provenance(run_dir, **about, handed_over=None, base=None)
-    weights, state = trained_weights(dit), TrainingState(1, 1, 1, 0, 0, "global_caption", "wan-1.3b")
-    write_checkpoint(run_dir, state, model=weights, ema=weights, optimizer={}, dit_config=plain_config(dit))
+    save(run_dir, dit)
     return run_dir
+
+
+def save(run_dir: Path, dit: StoryDiT) -> None:
+    """A checkpoint of step 1 whose average is the weights."""
+    state = TrainingState(1, 1, 1, 1, 0, 0, "global_caption", "wan-1.3b")
+    weights = trained_weights(dit).items()
+    ranges = [TensorRange(name, tuple(weight.shape), 0, weight.flatten()) for name, weight in weights]
+    writer = CheckpointWriter(run_dir, "attempt")
+    files = {f"{kind}-00000-of-00001.safetensors": ranges for kind in ("model", "ema")}
+    writer.begin(1, files, describe_state(state, plain_config(dit)))
+    writer.commit(writer.wait().files, CheckpointConfig())
+    writer.close()
 
 
 @pytest.mark.parametrize("which", ["ema", "model"])
 def test_an_export_holds_the_weights_of_the_newest_checkpoint(export, three_steps, tmp_path, which):
     export(three_steps, tmp_path / "model", f"which={which}")
     generator = StoryGenerator.from_pretrained(tmp_path / "model")
-    checkpoint = load_file(three_steps / "checkpoints" / "step_00000003" / f"{which}.safetensors")
+    checkpoint = newest_checkpoint(three_steps).weights(which)
     weights = generator.dit.state_dict()
     assert weights.keys() == checkpoint.keys()
     assert all(torch.equal(weights[name], checkpoint[name]) for name in weights)
