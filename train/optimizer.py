@@ -12,6 +12,11 @@ NEW_PARTS = (
     "story_embedder.",
 )  # names of what Wan does not have; the patch embedding's new columns share its tensor
 
+BELOW = {  # the settings that must be at least 0, and what they must stay below
+    "lr": math.inf, "new_parts_lr": math.inf, "weight_decay": math.inf, "warmup_steps": math.inf,
+    "final_lr_scale": math.inf, "max_skipped": math.inf, "beta1": 1, "beta2": 1,
+}  # fmt: skip
+
 
 @dataclass
 class OptimizerConfig:
@@ -30,6 +35,14 @@ class OptimizerConfig:
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ValueError(f"optimizer.schedule is {self.schedule!r}, expected {' or '.join(SCHEDULES)}")
+        if not 0 < self.clip_norm < math.inf:
+            raise ValueError(f"optimizer.clip_norm is {self.clip_norm}, expected a number above 0")
+        if not 0 <= self.decay_share <= 1:
+            raise ValueError(f"optimizer.decay_share is {self.decay_share}, expected between 0 and 1")
+        for name, below in BELOW.items():
+            value = getattr(self, name)
+            if value not in (None, MISSING) and not 0 <= value < below:  # also for NaN
+                raise ValueError(f"optimizer.{name} is {value}, expected at least 0 and below {below}")
 
 
 def parameter_groups(dit: nn.Module, config: OptimizerConfig, lr_scale: float) -> list[dict]:
@@ -43,6 +56,7 @@ def parameter_groups(dit: nn.Module, config: OptimizerConfig, lr_scale: float) -
     new_lr = config.lr if config.new_parts_lr is None else config.new_parts_lr
     return [
         {
+            "name": "new_parts" if is_new else "base",
             "params": parameters,
             "peak_lr": lr_scale * (new_lr if is_new else config.lr),
             "weight_decay": config.weight_decay if decays else 0.0,

@@ -27,9 +27,9 @@ def test_every_parameter_is_in_one_group_and_tables_do_not_decay():
 
 def test_new_parts_have_their_own_rate():
     groups = groups_by_name(OptimizerConfig(lr=1.0, new_parts_lr=5.0))
-    assert {name for name, group in groups.items() if group["peak_lr"] == 5.0} == {
-        name for name in groups if name.startswith("story_embedder.")
-    }
+    new = {name for name in groups if name.startswith("story_embedder.")}
+    assert {name for name, group in groups.items() if group["peak_lr"] == 5.0} == new
+    assert {name for name, group in groups.items() if group["name"] == "new_parts"} == new
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
@@ -49,3 +49,19 @@ def test_rates_are_set_from_the_peaks():
     set_learning_rates(optimizer, 0.25)
     set_learning_rates(optimizer, 0.5)
     assert {group["lr"] for group in optimizer.param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", float("nan")), ("lr", -1e-4), ("new_parts_lr", float("inf")), ("beta2", 1.0),
+        ("warmup_steps", -1), ("decay_share", 1.5), ("clip_norm", 0.0), ("clip_norm", float("nan")),
+    ],
+)  # fmt: skip
+def test_a_number_that_would_spoil_the_weights_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"optimizer.{name} is "):
+        OptimizerConfig(**{"lr": 1e-4, name: value})
+
+
+def test_bounds_themselves_are_taken():
+    OptimizerConfig(lr=0.0, weight_decay=0.0, decay_share=1.0, warmup_steps=0, max_skipped=0)
