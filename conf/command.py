@@ -26,12 +26,9 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from conf.verdict import write_verdict
+from conf.verdict import HARDWARE, STOPPED, UNHEALTHY, write_verdict
 
 CONF_DIR = Path(__file__).parent
-STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
-HARDWARE = 69  # EX_UNAVAILABLE: so it may after this, as long as that helps
-UNHEALTHY = 70  # EX_SOFTWARE: and not after this, which would come again
 Config = TypeVar("Config")
 
 

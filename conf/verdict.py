@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+HARDWARE = 69  # EX_UNAVAILABLE: so it may after this, as long as that helps
+UNHEALTHY = 70  # EX_SOFTWARE: and not after this, which would come again
 VERDICTS = "STORYANCHORS_VERDICTS"  # the folder for them, set by the batch script
 
 
@@ -30,5 +33,5 @@ def report_crashes() -> None:
 
 def _report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     # what cannot be read while importing was there a moment ago: a file system under the load of all ranks
-    write_verdict(69 if issubclass(kind, OSError) else 1, f"error: {kind.__name__}: {error}")
+    write_verdict(HARDWARE if issubclass(kind, OSError) else 1, f"error: {kind.__name__}: {error}")
     sys.__excepthook__(kind, error, trace)

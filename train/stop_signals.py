@@ -8,6 +8,8 @@ import os
 import signal
 from typing import Any
 
+from conf.verdict import STOPPED, write_verdict
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -48,3 +50,14 @@ def keep_handlers(trainer: Any) -> None:
 def ignore_stop_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def leave_on_stop_signals() -> None:
+    """For a command that has nothing to save: a stop signal ends it at once, to be started again."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _leave)
+
+
+def _leave(number: int, frame: object) -> None:
+    write_verdict(STOPPED, f"stopped: {signal.Signals(number).name}, before anything had begun")
+    os._exit(STOPPED)

@@ -1,0 +1,185 @@
+"""Looks over the machines of a run before it starts: stops within a minute or two, and names rank and host.
+
+    srun python -m train.preflight stage=global_caption model=tiny data.dataset=DATASET run_dir=runs/s1
+
+The settings are those of train/run_stage.py; slurm/train_stage.sbatch runs it before every start. Every rank
+posts what it finds in a store on the first node, which compares; then the network is measured.
+"""
+
+if __name__ == "__main__":
+    from conf.verdict import report_crashes
+    from train.stop_signals import leave_on_stop_signals
+
+    report_crashes()
+    leave_on_stop_signals()
+
+import os
+import platform
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from conf.command import HardwareFault, run
+from storyanchors.dit import StoryDiT
+from storyanchors.shard_store import ShardStore, join
+from train.hardware_faults import hardware_faults
+from train.meeting import Meeting, Watchdog
+from train.network_speed import Speeds, find_slow, measure
+from train.run_stage import RunStageConfig
+from train.world import World
+
+COMPARED = ("torch", "lightning", "deepspeed", "diffusers", "transformers", "storyanchors")
+CHECKPOINT_BYTES = 16  # of a trained parameter: weight, average and two moments in float32
+PROBES = "preflight"  # folder in a run folder: one file of each node, to see whether all write to the same
+
+
+@dataclass
+class Finding:
+    """What one rank tells the first one."""
+
+    host: str
+    device: str = "cpu"  # or the name of its GPU
+    versions: dict[str, str] = field(default_factory=dict)
+    problem: str | None = None  # what is wrong with this machine or with what it reaches
+    is_hardware: bool = False
+
+
+def main(config: RunStageConfig) -> None:
+    world = World.of_this_process()
+    with Watchdog(world, config.preflight.limit_s) as watchdog, hardware_faults():
+        meeting = Meeting(world, config.preflight.limit_s)
+        watchdog.phase = "looking at its own machine"
+        finding = examine(config, world)
+        watchdog.phase = "waiting for the other ranks"
+        findings = [Finding(**fields) for fields in meeting.gather("finding", asdict(finding))]
+        if world.rank == 0:
+            compare(findings)
+            check_run_dir(Path(config.run_dir), world)
+            check_disk(config)
+        if not meeting.agree("healthy"):
+            return  # the first rank says why
+        watchdog.phase = "measuring the network"
+        speeds = measure(world, meeting.store, on_gpu=finding.device != "cpu")
+        measured = [Speeds(**fields) for fields in meeting.gather("speeds", asdict(speeds))]
+        if world.rank == 0:
+            report(config, findings, measured)
+        meeting.agree("fast")
+
+
+def examine(config: RunStageConfig, world: World) -> Finding:
+    finding = Finding(host=world.host, versions=installed_versions())
+    try:
+        finding.device = try_gpu(config.trainer.get("accelerator", "auto"), world)
+        if world.local_rank == 0:
+            for dataset in [config.data.dataset, *(share.dataset for share in config.data.mix)]:
+                if dataset:
+                    ShardStore().size(join(dataset, "index.parquet"))
+            leave_probe(Path(config.run_dir), world)
+    except (ValueError, OSError, HardwareFault) as error:
+        finding.problem, finding.is_hardware = str(error), isinstance(error, HardwareFault)
+    return finding
+
+
+def installed_versions() -> dict[str, str]:
+    found = {name: version(name) for name in COMPARED}
+    return found | {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+
+
+def try_gpu(accelerator: str, world: World) -> str:
+    """The name of this rank's GPU, which has computed something, or cpu; HardwareFault for one that fails."""
+    if accelerator == "cpu":
+        return "cpu"
+    given, found = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    if not found and not given and accelerator == "auto":
+        return "cpu"
+    expected = len(given.split(",")) if given else world.local_size
+    if found not in (1, expected) or found == 0:
+        raise HardwareFault(f"{found} GPUs answer, expected {expected} (CUDA_VISIBLE_DEVICES={given})")
+    device = torch.device("cuda", world.local_rank % found)
+    torch.cuda.set_device(device)
+    product = torch.full((1024, 1024), 2.0, device=device) @ torch.ones(1024, 1024, device=device)
+    if not bool((product == 2048).all()):
+        raise HardwareFault(f"GPU {device.index} multiplies wrongly")
+    return torch.cuda.get_device_name(device)
+
+
+def compare(findings: list[Finding]) -> None:
+    """HardwareFault or ValueError for what is wrong or not as everywhere else, with rank and host."""
+    broken = [(rank, finding) for rank, finding in enumerate(findings) if finding.problem]
+    if broken:
+        lines = [f"rank {rank} on {finding.host}: {finding.problem}" for rank, finding in broken]
+        is_hardware = all(finding.is_hardware for _, finding in broken)
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        raise (HardwareFault if is_hardware else ValueError)("; ".join(lines[:4]) + more)
+    for name in findings[0].versions:
+        _check_same(name, [finding.versions[name] for finding in findings], findings)
+    _check_same("GPU", [finding.device for finding in findings], findings)
+
+
+def _check_same(name: str, values: list[str], findings: list[Finding]) -> None:
+    usual = Counter(values).most_common(1)[0][0]
+    for rank, value in enumerate(values):
+        if value != usual:
+            raise ValueError(
+                f"rank {rank} on {findings[rank].host} has {name} {value}, most ranks have {usual}: "
+                "the nodes of a run need one environment"
+            )
+
+
+def leave_probe(run_dir: Path, world: World) -> None:
+    (run_dir / PROBES).mkdir(parents=True, exist_ok=True)
+    (run_dir / PROBES / f"node_{world.node:05d}").write_text(world.host)
+
+
+def check_run_dir(run_dir: Path, world: World) -> None:
+    """ValueError when what the nodes have written to the run folder is not all here: it is not shared."""
+    expected = {f"node_{node:05d}" for node in range(world.num_nodes)}
+    missing = sorted(expected - set(os.listdir(run_dir / PROBES)))
+    shutil.rmtree(run_dir / PROBES)
+    if missing:
+        raise ValueError(
+            f"run_dir {run_dir} on {world.host} lacks what {missing[0]} wrote there: expected a folder of a "
+            "file system that all nodes share"
+        )
+
+
+def check_disk(config: RunStageConfig) -> None:
+    """ValueError when the run folder's disk cannot hold the checkpoints that are kept and one more."""
+    one, num = checkpoint_bytes(config), config.checkpoint.keep_last + 1
+    free = shutil.disk_usage(config.run_dir).free
+    if free < one * num:
+        raise ValueError(
+            f"run_dir {config.run_dir} has {free / 1e9:.1f} GB free, expected {one * num / 1e9:.1f} GB for "
+            f"{num} checkpoints of {one / 1e9:.1f} GB (checkpoint.keep_last={num - 1} and one more)"
+        )
+
+
+def checkpoint_bytes(config: RunStageConfig) -> int:
+    """Of the whole network; a LoRA's checkpoints are smaller."""
+    with torch.device("meta"):
+        dit = StoryDiT.unfilled(config.model.dit_config)
+    return CHECKPOINT_BYTES * sum(parameter.numel() for parameter in dit.parameters())
+
+
+def report(config: RunStageConfig, findings: list[Finding], measured: list[Speeds]) -> None:
+    """Prints what was found on one line; HardwareFault for a network below its floor."""
+    hosts = [finding.host for finding in findings]
+    if findings[0].device != "cpu" and (slow := find_slow(measured, hosts, config.preflight)):
+        raise HardwareFault(slow)
+    speeds = ", ".join(
+        f"{name} {min(values):.1f} GB/s"
+        for name in ("inside", "between", "overall")
+        if (values := [getattr(speed, name) for speed in measured if getattr(speed, name)])
+    )
+    print(
+        f"preflight: {len(findings)} ranks on {len(set(hosts))} nodes with {findings[0].device}, torch "
+        f"{findings[0].versions['torch']}; slowest all-reduce or exchange: {speeds or 'one rank, no network'}"
+    )
+
+
+if __name__ == "__main__":
+    run(main, RunStageConfig, "run_stage")
