@@ -1,4 +1,4 @@
-"""Verifies a dataset's shards, joins the captions of one run, and writes index.parquet, which training reads.
+"""Verifies a dataset's shards, joins the captions of one run, and writes the index, which training reads.
 
 python data_pipeline/build_index.py dataset=DATASET captions=RUN
 python data_pipeline/build_index.py dataset=DATASET captions=RUN stories=FOLDER
@@ -9,14 +9,12 @@ captions run RUN, which is written anew each time. With caption_encoder, the tok
 counted, and those that are too long for that encoder are named with what they would lose.
 """
 
-import io
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from omegaconf import MISSING
 from tqdm import tqdm
 
@@ -30,11 +28,14 @@ from data_pipeline.captions import (
     write_captions,
     write_run,
 )
-from data_pipeline.dataset import FRAMES_FOLDER, INDEX_FILE, read_record, write_atomically
+from data_pipeline.dataset import FRAMES_FOLDER, read_record
+from data_pipeline.index_file import write_index
 from data_pipeline.shard_reader import finished_shards, read_entries, read_marker, verify_shard
 from data_pipeline.shard_writer import ClipEntry
+from data_pipeline.tar_records import tables_in_place
 from data_pipeline.worker_pool import map_in_order, num_workers
 from storyanchors.clip import CaptionRecord, ClipInfo
+from storyanchors.index_file import PARQUET_FILE
 from storyanchors.story import Story
 
 STORY_SUFFIX = ".story.yaml"
@@ -43,6 +44,7 @@ _BY_HAND = "build_index stories=..."
 CLIP_COLUMNS = [
     ("key", pa.string()),
     ("shard", pa.string()),
+    ("location", pa.string()),  # of the tar; null: frames/SHARD.tar
     ("frame_offsets", pa.list_(pa.int64())),
     ("frame_sizes", pa.list_(pa.int64())),
     ("frame_crc32", pa.list_(pa.int64())),
@@ -95,7 +97,7 @@ def main(config: BuildIndexConfig) -> None:
         dataset, config.captions, stories, caption_encoder=config.caption_encoder, workers=config.workers
     )
     counts = f"{summary.num_clips} clips, {summary.num_frames} frames, {summary.num_shards} shards"
-    print(f"{dataset / INDEX_FILE}: {counts}")
+    print(f"{dataset / PARQUET_FILE}: {counts}")
     if config.captions:
         print(
             f"captions {config.captions}: {summary.num_global_captions} global, {summary.num_stories} stories"
@@ -116,7 +118,7 @@ def build_index(
     caption_encoder: str | None = None,
     workers: int | None = None,
 ) -> IndexSummary:
-    """Writes index.parquet, one row per clip, sorted by key.
+    """Writes the index, one row per clip, sorted by key.
 
     ValueError, and no index, for a dataset that is not finished, a shard that is not what its marker says,
     captions of a clip that is not there or has another number of frames, and a key that is there twice.
@@ -139,9 +141,7 @@ def build_index(
     token_report = []
     if caption_encoder:
         table, token_report = _with_tokens(table, dataset, captions, list(shards), caption_encoder, workers)
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer)
-    write_atomically(dataset / INDEX_FILE, buffer.getvalue())
+    write_index(dataset, table)
     return IndexSummary(
         num_shards=len(shards),
         num_clips=len(table),
@@ -168,8 +168,10 @@ def _read_shards(dataset: Path, workers: int | None) -> dict[str, pa.Table]:
         for name, rows in zip(names, rows_of_shards, strict=True):
             shards[name] = pa.Table.from_pylist(rows, schema=pa.schema(CLIP_COLUMNS))
             bar.update()
+    for name, table in tables_in_place(dataset, pa.schema(CLIP_COLUMNS)).items():
+        shards[name] = pa.concat_tables([shards[name], table]) if name in shards else table
     if not any(map(len, shards.values())):
-        raise ValueError(f"{frames} holds no clip")
+        raise ValueError(f"{dataset} holds no clip")
     return shards
 
 

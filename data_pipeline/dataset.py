@@ -19,7 +19,6 @@ SCHEMA_VERSION = 1
 RECORD_FILE = "dataset.json"
 FRAMES_FOLDER = "frames"
 CAPTIONS_FOLDER = "captions"
-INDEX_FILE = "index.parquet"
 LOCK_PATIENCE_S = 5.0  # the workers of a killed run may hold the lock for a moment
 
 Number = int | float

@@ -14,9 +14,10 @@ from omegaconf import MISSING
 
 from conf.command import run
 from data_pipeline.captions import read_captions
-from data_pipeline.dataset import FRAMES_FOLDER, INDEX_FILE, read_record
+from data_pipeline.dataset import FRAMES_FOLDER, read_record
 from data_pipeline.shard_reader import read_clips, read_marker
 from storyanchors.clip import INFO_MEMBER, StoryClip
+from storyanchors.index_file import PARQUET_FILE
 from storyanchors.output_folder import check_output_folder, output_folder
 
 STORY_FILE = "story.yaml"
@@ -50,7 +51,7 @@ def main(config: ExtractClipConfig) -> None:
 def read_clip(dataset: Path, key: str | None) -> StoryClip:
     """A clip with the captions that the index joins to it; ValueError for a key that the index has not."""
     read_record(dataset)
-    index, frames = dataset / INDEX_FILE, dataset / FRAMES_FOLDER
+    index, frames = dataset / PARQUET_FILE, dataset / FRAMES_FOLDER
     if not index.is_file():
         raise ValueError(f"no index at {index}: write it with data_pipeline/build_index.py dataset={dataset}")
     table = pq.read_table(index, columns=["key", "shard", "caption_run"])

@@ -12,12 +12,14 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from conf.command import run
 from data_pipeline.build_index import build_index
+from data_pipeline.index_file import write_index
 from data_pipeline.write_story_world import WriteStoryWorldConfig, write_dataset
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
@@ -88,7 +90,7 @@ def refused(monkeypatch, capsys) -> Callable[..., str]:
 RUNS = {
     "stage.steps is 0, expected at least 1": ["stage.steps=0"],
     "log_every_n_steps is 0, expected at least 1": ["log_every_n_steps=0"],
-    "trainer.accumulate_grad_batches is 0, expected at least 1": ["trainer.accumulate_grad_batches=0"],
+    "trainer.accumulate_grad_batches is set by run_stage": ["+trainer.accumulate_grad_batches=2"],
     "resume is 'always', expected auto or never": ["resume=always"],
     "k of mask policy all_but must be at least 1, found 0": ["stage.mask_policies=[{{name: all_but, k: 0}}]"],
     "num_attention_heads must be a whole number from 1, found 0": ["model.num_attention_heads=0"],
@@ -102,6 +104,8 @@ RUNS = {
     "model.codec=pca would fit another": ["model.base_weights=/nowhere"],
     "is a file, expected a folder": ["run_dir={data}/dataset.json/run"],
     "no index at": ["data.dataset={data}/frames"],
+    "expected data.dataset=FOLDER or data.mix": ["data.dataset=null"],
+    "clips_per_batch=2 is too few for 3 packs": ["data.packs_per_batch=3"],
 }
 
 
@@ -113,15 +117,21 @@ def test_a_run_that_cannot_begin_leaves_no_folder(refused, dataset, tmp_path, me
     assert list(tmp_path.iterdir()) == []
 
 
+def open_index(path: Path) -> pa.Table:
+    return pq.read_table(path / "index.parquet")
+
+
 def without_a_column(path: Path) -> None:
-    pq.write_table(pq.read_table(path).drop_columns(["story_words"]), path)
+    write_index(path, open_index(path).drop_columns(["story_words"]))
 
 
 INDEXES = {
-    "index.parquet': Parquet file size is 0 bytes": lambda path: path.write_bytes(b""),
-    "index.parquet': Parquet magic bytes not found": lambda path: path.write_text("key,shard\n" * 99),
-    "index.parquet lacks the column story_words": without_a_column,
-    "none of the 0 clips of": lambda path: pq.write_table(pq.read_table(path).slice(0, 0), path),
+    "index.arrow is damaged (File is too small: 0": lambda path: (path / "index.arrow").write_bytes(b""),
+    "index.arrow is damaged (Not an Arrow file": lambda path: (path / "index.arrow").write_text("key\n" * 99),
+    "index.arrow was written with one of": lambda path: (path / "index.parquet").write_bytes(b"another"),
+    "no index at": lambda path: (path / "index.arrow").unlink(),
+    "index.arrow lacks the column story_words": without_a_column,
+    "none of the 0 clips of": lambda path: write_index(path, open_index(path).slice(0, 0)),
 }
 
 
@@ -129,11 +139,7 @@ INDEXES = {
 def test_a_spoiled_index_is_named(refused, dataset, tmp_path, message):
     copy = tmp_path / "copy"
     shutil.copytree(dataset, copy)
-    index = copy / "index.parquet"
-    content = index.read_bytes()
-    index.unlink()  # the reader of the original may still have it mapped
-    index.write_bytes(content)
-    INDEXES[message](index)
+    INDEXES[message](copy)
     assert message in refused("run_stage", f"data.dataset={copy}", f"run_dir={tmp_path}/run", *SMALL_RUN)
     assert not (tmp_path / "run").exists()
 

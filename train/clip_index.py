@@ -1,18 +1,26 @@
-"""The clips of a dataset as rows of its index.parquet: which may be trained on, and where their bytes lie."""
+"""The clips of datasets as rows of their indexes: which may be trained on, and where their bytes lie.
+
+The tables stay mapped files; a process holds the numbers of the chosen rows and the columns it asks for.
+"""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from storyanchors.conditioning import ClipConditions
-from train.data_plan import stable_hash
+from storyanchors.index_file import MAPPED_FILE, PARQUET_BYTES, PARQUET_FILE
+from storyanchors.shard_store import ShardStore, join, local_copy, printable
+from train.stable_hash import stable_hash
 
 log = logging.getLogger(__name__)
+
+WRITE_IT = "write it again with data_pipeline/build_index.py"
 
 CAPTION_COLUMNS = {
     "global": "global_caption_words",
@@ -29,10 +37,12 @@ CONDITION_COLUMNS = ("fps", "frame_interval", "motion", "height", "width", "num_
 
 @dataclass(frozen=True)
 class ClipRow:
-    """One row of the index: byte ranges of the frames in their shard, and of the caption line."""
+    """One row of an index: byte ranges of the frames in their tar, and of the caption line."""
 
+    dataset: str
     key: str
     shard: str
+    location: str | None  # of the tar; None = DATASET/frames/SHARD.tar
     frame_offsets: list[int]
     frame_sizes: list[int]
     frame_crc32: list[int]
@@ -42,39 +52,68 @@ class ClipRow:
     caption_size: int | None
 
 
+ROW_COLUMNS = tuple(name for name in ClipRow.__annotations__ if name not in ("dataset", "conditions"))
 INDEX_COLUMNS = {
-    *(set(ClipRow.__annotations__) - {"conditions"}), *CONDITION_COLUMNS, *CAPTION_COLUMNS.values(), "source"
+    *ROW_COLUMNS, *CONDITION_COLUMNS, *CAPTION_COLUMNS.values(), *TOKEN_COLUMNS.values(), "source"
 }  # fmt: skip
 
 
 class ClipIndex:
-    """The rows of a dataset's index that a stage uses, in the index's order (sorted by key)."""
+    """The rows that a stage uses, dataset by dataset, in the order of each index (sorted by key)."""
 
-    def __init__(self, dataset: Path, table: pa.Table):
-        self.dataset = dataset
-        self.table = table
+    def __init__(self, datasets: Sequence[str], tables: Sequence[pa.Table], chosen: Sequence[np.ndarray]):
+        self.datasets = tuple(datasets)
+        self.tables = tuple(tables)
+        self.chosen = tuple(chosen)  # the numbers of the rows in each table
+        self.ends = tuple(accumulate(map(len, chosen)))
 
     @classmethod
-    def open(cls, dataset: str | Path) -> "ClipIndex":
-        path = Path(dataset) / "index.parquet"
-        if not path.is_file():
-            raise ValueError(
-                f"no index at {path}: write it with data_pipeline/build_index.py dataset={dataset}"
-            )
-        table = pq.read_table(path, memory_map=True)
-        if missing := sorted(INDEX_COLUMNS - set(table.column_names)):
-            raise ValueError(f"{path} lacks the column {missing[0]}: write it again with build_index.py")
-        return cls(Path(dataset), table)
+    def open(cls, *datasets: str | Path) -> "ClipIndex":
+        """ValueError for an index that is missing, damaged, or lacks a column."""
+        tables = []
+        for dataset in datasets:
+            table = open_index(str(dataset))
+            if missing := sorted(INDEX_COLUMNS - set(table.column_names)):
+                path = printable(join(str(dataset), MAPPED_FILE))
+                raise ValueError(f"{path} lacks the column {missing[0]}: {WRITE_IT}")
+            tables.append(table)
+        return cls(list(map(str, datasets)), tables, [np.arange(len(table)) for table in tables])
 
     def __len__(self) -> int:
-        return self.table.num_rows
+        return self.ends[-1]
+
+    def __str__(self) -> str:
+        return ", ".join(self.datasets)
+
+    @property
+    def num_clips(self) -> tuple[int, ...]:
+        """Of each dataset."""
+        return tuple(map(len, self.chosen))
+
+    def numbers(self, column: str) -> np.ndarray:
+        """A column of whole numbers (N,); 0 where the index has none."""
+        values = [
+            pc.fill_null(table[column], 0).to_numpy()[chosen]
+            for table, chosen in zip(self.tables, self.chosen, strict=True)
+        ]
+        return np.concatenate(values).astype(np.int64)
+
+    def texts(self, column: str) -> list[str | None]:
+        """A column of texts, N of them."""
+        columns = zip(self.tables, self.chosen, strict=True)
+        return [text for table, chosen in columns for text in table[column].take(chosen).to_pylist()]
+
+    def only(self, kept: np.ndarray) -> "ClipIndex":
+        """The rows where kept (N,) is true."""
+        parts = np.split(kept, self.ends[:-1])
+        chosen = [rows[part] for rows, part in zip(self.chosen, parts, strict=True)]
+        return ClipIndex(self.datasets, self.tables, chosen)
 
     def with_caption(self, kind: str) -> "ClipIndex":
         """The clips that have a caption of this kind; ValueError when there is none."""
-        has_caption = pc.greater(pc.fill_null(self.table[CAPTION_COLUMNS[kind]], 0), 0)
-        kept = ClipIndex(self.dataset, self.table.filter(has_caption))
+        kept = self.only(self.numbers(CAPTION_COLUMNS[kind]) > 0)
         if not len(kept):
-            raise ValueError(f"none of the {len(self)} clips of {self.dataset} has a {kind} caption")
+            raise ValueError(f"none of the {len(self)} clips of {self} has a {kind} caption")
         if len(kept) < len(self):
             log.warning(
                 "%d of %d clips have no %s caption and are left out", len(self) - len(kept), len(self), kind
@@ -83,38 +122,73 @@ class ClipIndex:
 
     def rows_above(self, kind: str, max_tokens: int) -> list[int]:
         """Numbers of the rows whose caption has more tokens, as far as build_index has counted them."""
-        if TOKEN_COLUMNS[kind] not in self.table.column_names:
-            return []
-        above = pc.greater(pc.fill_null(self.table[TOKEN_COLUMNS[kind]], 0), max_tokens)
-        return np.flatnonzero(above.to_numpy()).tolist()
+        return np.flatnonzero(self.numbers(TOKEN_COLUMNS[kind]) > max_tokens).tolist()
 
     def without(self, numbers: set[int]) -> "ClipIndex":
-        kept = pa.array([number not in numbers for number in range(len(self))])
-        return ClipIndex(self.dataset, self.table.filter(kept))
+        return self.only(~np.isin(np.arange(len(self)), list(numbers)))
 
     def split(self, holdout: float) -> tuple["ClipIndex", "ClipIndex"]:
         """(to train on, held out): a share of the source videos, chosen by hash, is never trained on."""
-        sources = self.table["source"].to_pylist()
-        held_out = {s for s in set(sources) if stable_hash("holdout", s) / 2**63 < holdout}
-        mask = np.array([source in held_out for source in sources], dtype=bool)
-        return tuple(ClipIndex(self.dataset, self.table.filter(pa.array(part))) for part in (~mask, mask))
+        if not holdout:
+            return self, self.only(np.zeros(len(self), dtype=bool))
+        columns = zip(self.tables, self.chosen, strict=True)
+        held_out = np.concatenate([_held_out(table["source"], holdout)[chosen] for table, chosen in columns])
+        return self.only(~held_out), self.only(held_out)
 
     def num_tokens(self, pixels_per_token: int) -> np.ndarray:
         """Video tokens (N,) of every clip; a token covers a square of that many pixels on a side."""
-        columns = (self.table[name].to_numpy() for name in ("num_frames", "height", "width"))
-        frames, height, width = (column.astype(np.int64) for column in columns)
+        frames, height, width = (self.numbers(name) for name in ("num_frames", "height", "width"))
         return frames * (height // pixels_per_token) * (width // pixels_per_token)
 
     def common_frame_size(self) -> tuple[int, int]:
-        """(height, width) of most clips, in pixels."""
-        sizes = self.table.group_by(["height", "width"]).aggregate([([], "count_all")]).to_pylist()
-        most = max(sizes, key=lambda size: (size["count_all"], size["height"], size["width"]))
-        return most["height"], most["width"]
+        """(height, width) of most clips, in pixels; the largest of several that are as frequent."""
+        sizes = np.stack([self.numbers("height"), self.numbers("width")])
+        kinds, counts = np.unique(sizes, axis=1, return_counts=True)
+        height, width = kinds[:, np.flatnonzero(counts == counts.max())[-1]].tolist()
+        return height, width
 
     def row(self, number: int) -> ClipRow:
-        values = {name: self.table[name][number].as_py() for name in self.table.column_names}
+        dataset = int(np.searchsorted(self.ends, number, side="right"))
+        place = self.chosen[dataset][number - (self.ends[dataset] - len(self.chosen[dataset]))]
+        columns = [*ROW_COLUMNS, *CONDITION_COLUMNS]
+        [values] = self.tables[dataset].select(columns).slice(int(place), 1).to_pylist()
         conditions = ClipConditions(**{name: values[name] for name in CONDITION_COLUMNS})
         return ClipRow(
+            dataset=self.datasets[dataset],
             conditions=conditions,
-            **{name: values[name] for name in ClipRow.__annotations__ if name != "conditions"},
+            **{name: values[name] for name in ROW_COLUMNS},
         )
+
+
+def _held_out(column: pa.ChunkedArray, holdout: float) -> np.ndarray:
+    """Which rows (N,) are of a held-out source; chunk by chunk, so that few texts are in memory at once."""
+    parts = [np.zeros(0, dtype=bool)]
+    for chunk in column.chunks:
+        encoded = chunk.dictionary_encode()
+        sources = encoded.dictionary.to_pylist()
+        chosen = [stable_hash("holdout", source) / 2**63 < holdout for source in sources]
+        parts.append(np.array(chosen, dtype=bool)[encoded.indices.to_numpy()])
+    return np.concatenate(parts)
+
+
+def open_index(dataset: str) -> pa.Table:
+    """All rows of a dataset, in the mapped file; of a dataset at a URL, in a copy on this machine.
+
+    ValueError where there is no index, it is damaged, or it is not that of the index.parquet beside it.
+    """
+    path, parquet = join(dataset, MAPPED_FILE), join(dataset, PARQUET_FILE)
+    shown = printable(path)
+    try:
+        _, found = (ShardStore().size(file) for file in (path, parquet))
+        copy = str(local_copy(path))
+    except FileNotFoundError as error:
+        raise ValueError(f"no index at {shown}: write it with data_pipeline/build_index.py") from error
+    try:
+        table = pa.ipc.open_file(pa.memory_map(copy)).read_all()
+    except (pa.ArrowInvalid, OSError) as error:  # Arrow says so with one or the other
+        raise ValueError(f"{shown} is damaged ({error}): {WRITE_IT}") from error
+    expected = int((table.schema.metadata or {}).get(PARQUET_BYTES, 0))
+    if found != expected:
+        beside = f"{printable(parquet)} has {found} bytes"
+        raise ValueError(f"{beside}, {shown} was written with one of {expected}: {WRITE_IT}")
+    return table

@@ -8,41 +8,26 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from omegaconf import MISSING
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from storyanchors.caption_encoder import TokenCounter, fit_caption
 from storyanchors.clip import CaptionRecord, decode_jpeg, frame_member, frames_to_tensor
 from storyanchors.conditioning import ClipConditions
 from train.clip_index import ClipIndex, ClipRow
-from train.data_plan import PlannedBatch
+from train.data_plan import PlannedPack
 from train.stop_signals import ignore_stop_signals
 
 log = logging.getLogger(__name__)
 
 MAX_OPEN_FILES = 64
-
-
-@dataclass
-class DataConfig:
-    dataset: str = MISSING
-    clips_per_batch: int = 16  # over all ranks
-    max_tokens: int | None = None  # a batch ends earlier where it would have more video tokens
-    holdout: float = 0.02  # share of the source videos that is never trained on
-    num_workers: int = 2
-
-    def __post_init__(self):
-        if self.clips_per_batch < 1:
-            raise ValueError(f"data.clips_per_batch is {self.clips_per_batch}, expected at least 1")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"data.holdout is {self.holdout}, expected at least 0 and below 1")
 
 
 @dataclass
@@ -67,15 +52,14 @@ class BrokenSample(ValueError):
 
 
 class ClipReader:
-    """Frames and captions of index rows, from the files of one dataset."""
+    """Frames and captions of index rows, from the files of their datasets."""
 
-    def __init__(self, dataset: Path):
-        self.dataset = dataset
+    def __init__(self):
         self._files: dict[Path, int] = {}
 
     def frames(self, row: ClipRow) -> list[Image.Image]:
         """The clip's story frames, or BrokenSample."""
-        path = self.dataset / "frames" / f"{row.shard}.tar"
+        path = Path(row.location or Path(row.dataset, "frames", f"{row.shard}.tar"))
         size = (row.conditions.width, row.conditions.height)
         ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
         return [
@@ -98,7 +82,7 @@ class ClipReader:
         """The clip's captions; an empty record where the index knows none."""
         if row.caption_run is None:
             return CaptionRecord(row.key)
-        path = self.dataset / "captions" / row.caption_run / f"{row.shard}.jsonl"
+        path = Path(row.dataset, "captions", row.caption_run, f"{row.shard}.jsonl")
         where = f"{path}: caption of clip {row.key}"
         try:
             record = CaptionRecord.from_json(self._read(path, row.caption_offset, row.caption_size, where))
@@ -124,7 +108,7 @@ def leave_out_uncuttable(index: ClipIndex, kinds: Iterable[str], encoder: TokenC
 
     Known of datasets whose tokens build_index has counted; a run without counts stops at such a clip.
     """
-    reader, left_out = ClipReader(index.dataset), {}
+    reader, left_out = ClipReader(), {}
     for kind in kinds if encoder.max_tokens else ():
         for number in index.rows_above(kind, encoder.max_tokens):
             row = index.row(number)
@@ -146,13 +130,13 @@ def caption_texts(record: CaptionRecord) -> dict[str, str]:
 
 
 class PlannedClips(Dataset):
-    """What the workers run: a planned batch -> its clips, or the error that stopped them, as a value."""
+    """What the workers run: a planned pack -> its clips, or the error that stopped them, as a value."""
 
     def __init__(self, index: ClipIndex):
         self.index = index
-        self.reader = ClipReader(index.dataset)
+        self.reader = ClipReader()
 
-    def __getitem__(self, planned: PlannedBatch) -> ClipBatch | OSError | ValueError:
+    def __getitem__(self, planned: PlannedPack) -> ClipBatch | OSError | ValueError:
         try:
             clips = [self._load(clip.row, clip.epoch) for clip in planned.clips]
         except (
@@ -160,7 +144,7 @@ class PlannedClips(Dataset):
             ValueError,
         ) as error:  # raised again in the main process, without a worker's traceback
             return error
-        return ClipBatch(clips, planned.num_global_clips, planned.end)
+        return ClipBatch(clips, planned.num_global_clips, planned.next_position)
 
     def _load(self, number: int, epoch: int) -> LoadedClip:
         row = self.index.row(number)
@@ -169,32 +153,16 @@ class PlannedClips(Dataset):
         return LoadedClip(row.key, epoch, frames, row.conditions, captions)
 
 
-class PlanSampler(Sampler[PlannedBatch]):
-    """The plan's batches from a position on, as many as are left to train."""
-
-    def __init__(self, plan: Callable[[int], PlannedBatch], position: int, num_batches: int):
-        self.plan = plan
-        self.position = position
-        self.num_batches = num_batches
-
-    def __len__(self) -> int:
-        return self.num_batches
-
-    def __iter__(self) -> Iterator[PlannedBatch]:
-        position = self.position
-        for _ in range(self.num_batches):
-            batch = self.plan(position)
-            yield batch
-            position = batch.end
-
-
 class PlannedLoader:
-    """Iterates batches in the sampler's order, whatever the number of workers, and times each wait."""
+    """Iterates so many packs in the plan's order, whatever the number of workers, and times each wait."""
 
-    def __init__(self, clips: PlannedClips, sampler: PlanSampler, num_workers: int):
+    def __init__(
+        self, clips: PlannedClips, packs: Iterator[PlannedPack], num_packs: int, *, num_workers: int
+    ):
+        self.num_packs = num_packs
         self.loader = DataLoader(
             clips,
-            sampler=sampler,
+            sampler=islice(packs, num_packs),
             batch_size=None,
             num_workers=num_workers,
             prefetch_factor=4 if num_workers else None,
@@ -202,7 +170,7 @@ class PlannedLoader:
         )
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return self.num_packs
 
     def __iter__(self) -> Iterator[ClipBatch]:
         batches = iter(self.loader)

@@ -16,8 +16,9 @@ from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.lora import LoraSettings
 from storyanchors.output_folder import output_folder
+from storyanchors.sequence_parallel import check_degree
 from train.clip_index import ClipIndex
-from train.data_plan import epoch_order
+from train.clip_stream import epoch_order
 from train.loader import ClipReader
 
 CODEC, CAPTION_ENCODER = "codec", "caption_encoder"  # folders in a run folder
@@ -62,11 +63,16 @@ class ModelConfig:
     sigma_shift: float = 1.0  # toward noise, for training and sampling alike
     activation_checkpointing: str = "none"  # none | selective | full | auto
     compile: str | None = None  # backend of torch.compile for the blocks: inductor; None = not compiled
+    sequence_parallel: int = 1  # ranks of a node that share the tokens of every clip; divides the heads
     lora: LoraSettings = field(default_factory=LoraSettings)  # lora.rank=16 trains an adapter of base_weights
 
     def __post_init__(self):
         if isinstance(self.lora, dict):  # as a run's config.yaml has it
             self.lora = LoraSettings(**self.lora)
+        if self.sequence_parallel != 1:
+            check_degree(
+                self.sequence_parallel, self.dit_config.num_attention_heads, "model.sequence_parallel"
+            )
         if self.lora.rank is not None and self.base_weights is None:
             raise ValueError(
                 f"model.lora.rank={self.lora.rank} needs model.base_weights, the network to adapt: a "
@@ -142,8 +148,8 @@ def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_enc
 
 def _first_frames(index: ClipIndex, num_frames: int, seed: int) -> Tensor:
     """About num_frames story frames (N, 3, H, W) of shuffled clips, cut to their least height and width."""
-    reader, clips = ClipReader(index.dataset), []
-    for number in epoch_order(len(index), seed, "codec", 0):
+    reader, clips = ClipReader(), []
+    for number in epoch_order(len(index), seed, "codec"):
         clips.append(frames_to_tensor(reader.frames(index.row(int(number)))))
         if sum(map(len, clips)) >= num_frames:
             break

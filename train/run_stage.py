@@ -6,14 +6,17 @@ python train/run_stage.py stage=continuation model=tiny data.dataset=DATASET run
 """
 
 if __name__ == "__main__":  # before torch, whose import takes seconds in which a signal would end the process
+    from conf.verdict import report_crashes
     from train.stop_signals import StopFlag
 
+    report_crashes()
     StopFlag().install()
 
 import logging
 import math
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING
@@ -38,10 +40,13 @@ from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_costs import plan_clips
 from train.clip_index import ClipIndex
 from train.data_config import DataConfig
+from train.data_ranks import DataRanks
 from train.ema import EmaConfig
 from train.hardware_faults import hardware_faults
+from train.keys_log import KeysLog
 from train.launcher import launch_settings
 from train.loader import PlannedClips, PlannedLoader, leave_out_uncuttable
+from train.network_speed import PreflightConfig
 from train.optimizer import OptimizerConfig
 from train.parts import (
     CODEC,
@@ -67,11 +72,13 @@ from train.run_folder import (
     write_provenance,
     write_settings,
 )
-from train.stage import CAPTION_KINDS, StageConfig
+from train.run_lock import run_lock
 from train.stable_hash import stable_hash
+from train.stage import CAPTION_KINDS, StageConfig
 from train.stop_signals import StopFlag, keep_handlers
 from train.story_module import StoryModule
 from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
+from train.strategies import STRATEGIES, build_strategy
 from train.world import World
 
 log = logging.getLogger(__name__)
@@ -98,15 +105,19 @@ class RunStageConfig:
     seed: int = 0
     logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
     log_every_n_steps: int = 10
-    strategy: str = "auto"  # auto | ddp | deepspeed (one GPU; not covered by the tests, which have none)
+    strategy: str = "auto"  # auto | ddp | zero1 | zero2 | zero3
+    offload: bool = False  # ZeRO's masters and moments in the host's memory
+    collective_timeout_s: float = 600  # how long ranks wait for one that does not answer
     trainer: dict[str, Any] = field(default_factory=dict)  # verbatim to L.Trainer
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # verbatim to DeepSpeedStrategy
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # over DeepSpeed's own settings
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)  # read by train/preflight.py
+    dry_run: bool = False  # says who would train on what, and ends
 
     def __post_init__(self):
         if self.logger not in LOGGERS:
             raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(LOGGERS)}")
-        if self.strategy not in ("auto", "ddp", "deepspeed"):
-            raise ValueError(f"strategy is {self.strategy!r}, expected auto, ddp or deepspeed")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if taken := sorted(set(self.trainer) & set(SET_BY_US)):
             raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
         if self.log_every_n_steps < 1:
@@ -115,14 +126,14 @@ class RunStageConfig:
 
 def main(config: RunStageConfig) -> None:
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
-    config = with_pinned_packs(config)
-    resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
-    first_step = resume_from.state.step if resume_from else 0
-    if first_step >= num_steps:
-        report(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
-        return
-    with StopFlag() as stop, hardware_faults():
-        train(config, resume_from, stop)
+    with run_lock(run_dir) if rank_zero_only.rank == 0 else nullcontext():
+        config = with_pinned_packs(config)
+        resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
+        if resume_from and resume_from.state.step >= num_steps:
+            report(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
+            return
+        with StopFlag() as stop, hardware_faults():
+            train(config, resume_from, stop)
     report(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
 
@@ -130,7 +141,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     """Trains to the stage's last step; Stopped when a signal ended it earlier."""
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
     train_clips, held_out = open_clips(config)
-    callbacks = build_callbacks(config, stop, resume_from, held_out if len(held_out) else train_clips)
+    callbacks = build_callbacks(config, stop, held_out if len(held_out) else train_clips)
     trainer = build_trainer(config, callbacks)
     config = share_packs(config, trainer)
     module = build_module(config, train_clips, is_new=resume_from is None)
@@ -145,20 +156,29 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     first_step = resume_from.state.step if resume_from else 0
     trainer.fit(module, build_loader(config, module, train_clips, trainer, num_steps - first_step))
     if trainer.global_step < num_steps:
-        reason = stop.received.name if stop.received else "a signal to another rank"
-        raise Stopped(f"{reason} after step {trainer.global_step}; the same command goes on from there")
+        [checkpoints] = (callback for callback in callbacks if isinstance(callback, RunCheckpoints))
+        raise Stopped(
+            f"{checkpoints.stopped_by} after step {trainer.global_step}; the same command goes on from there"
+        )
 
 
 def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Trainer:
     """ValueError for what Lightning or DeepSpeed do not take."""
     try:
-        deepspeed = DeepSpeedStrategy(**config.deepspeed) if config.strategy == "deepspeed" else None
+        strategy = build_strategy(
+            config.strategy,
+            offload=config.offload,
+            timeout_s=config.collective_timeout_s,
+            deepspeed=config.deepspeed,
+            trainer=config.trainer,
+            clip_norm=config.optimizer.clip_norm,
+        )
         trainer = L.Trainer(
             max_steps=config.stage.steps,
             max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
             callbacks=callbacks,
             logger=build_logger(config),
-            strategy=deepspeed or config.strategy,
+            strategy=strategy,
             default_root_dir=config.run_dir,
             enable_checkpointing=False,
             use_distributed_sampler=False,
@@ -187,7 +207,13 @@ def with_pinned_packs(config: RunStageConfig) -> RunStageConfig:
 
 def share_packs(config: RunStageConfig, trainer: L.Trainer) -> RunStageConfig:
     """With the packs of a batch decided; the trainer takes as many micro-steps as each rank has of them."""
-    num_packs, num_ranks = config.data.packs_per_batch or trainer.world_size, trainer.world_size
+    num_ranks = DataRanks.of(trainer, config.model.sequence_parallel).size
+    num_packs = config.data.packs_per_batch or num_ranks
+    if config.data.clips_per_batch < num_packs:
+        raise ValueError(
+            f"data.clips_per_batch={config.data.clips_per_batch} is too few for {num_packs} packs: "
+            "each has at least one clip"
+        )
     if num_packs % num_ranks:
         ranks = ", ".join(str(n) for n in range(1, num_packs + 1) if num_packs % n == 0)
         multiple = num_ranks * math.ceil(num_packs / num_ranks)
@@ -253,6 +279,7 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         ema=config.ema,
         sigma_shift=config.model.sigma_shift,
         seed=config.seed,
+        sequence_parallel=config.model.sequence_parallel,
     )
 
 
@@ -264,18 +291,16 @@ def log_network(dit: StoryDiT, device: torch.device, dtype: torch.dtype) -> None
     log.info("%.2f M of %.2f M parameters are trained; attention: %s", trained / 1e6, total / 1e6, kernel)
 
 
-def build_callbacks(
-    config: RunStageConfig, stop: StopFlag, resume_from: Checkpoint | None, sample_clips: ClipIndex
-) -> list[Callback]:
+def build_callbacks(config: RunStageConfig, stop: StopFlag, sample_clips: ClipIndex) -> list[Callback]:
     run_dir = Path(config.run_dir)
     metrics = MetricsLog(run_dir, config.log_every_n_steps)
     callbacks = [metrics]
     if config.samples.every_n_steps:
         stories = read_sample_stories(sample_clips, config.samples.num_stories)
         callbacks.append(StorySamples(run_dir, config.samples, stories, metrics))
-    callbacks.append(
-        RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset, resume_from=resume_from)
-    )
+    if config.data.log_keys:
+        callbacks.append(KeysLog(run_dir))
+    callbacks.append(RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset))
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(StageProgress(config.stage.name, metrics))
     return callbacks
@@ -294,7 +319,8 @@ def build_loader(
         seed=config.seed,
         stage=config.stage.name,
     )
-    packs = plan.packs(module.position, rank=trainer.global_rank, world_size=trainer.world_size)
+    ranks = DataRanks.of(trainer, config.model.sequence_parallel)
+    packs = plan.packs(module.position, rank=ranks.rank, world_size=ranks.size)
     num_packs = num_steps * trainer.accumulate_grad_batches
     return PlannedLoader(PlannedClips(clips), packs, num_packs, num_workers=config.data.num_workers)
 

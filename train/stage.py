@@ -12,7 +12,7 @@ from torch import Tensor
 
 from storyanchors.conditioning import ClipConditions, MaskPolicy, sample_cond_mask
 from storyanchors.flow import sample_sigmas
-from train.data_plan import stable_hash
+from train.stable_hash import stable_hash
 
 CAPTION_KINDS = ("global", "multi_event")
 

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from conf.command import Unhealthy
 from storyanchors.caption_cache import embedding_to
 from storyanchors.caption_encoder import fit_caption
 from storyanchors.conditioning import stack_condition_channels
@@ -16,18 +17,19 @@ from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flops import ClipSize
 from storyanchors.flow import add_noise, flow_losses, velocity
-from train.checkpoints import Checkpoint
+from train.data_ranks import sequence_group
 from train.ema import Ema, EmaConfig
 from train.loader import ClipBatch, LoadedClip
 from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
 from train.parts import CaptionEncoder, Codec
 from train.stage import ClipDraw, StageConfig, draw_clip, draw_noise
+from train.strategies import ZeroStrategy
 from train.trained_state import TrainedState
 
 log = logging.getLogger(__name__)
 
 
-class NonFiniteGradients(ValueError):
+class NonFiniteGradients(Unhealthy):
     """The gradients of several steps in a row were not finite."""
 
 
@@ -48,6 +50,7 @@ class StoryModule(L.LightningModule):
         ema: EmaConfig,
         sigma_shift: float,
         seed: int,
+        sequence_parallel: int = 1,
     ):
         super().__init__()
         self.dit = dit
@@ -58,6 +61,7 @@ class StoryModule(L.LightningModule):
         self.ema_config = ema
         self.sigma_shift = sigma_shift
         self.seed = seed
+        self.sequence_parallel = sequence_parallel  # ranks that get the same packs and share their tokens
         self.position = 0  # in the data plan, counted in clips
         self.skipped_in_a_row = 0
         self.num_skipped = 0
@@ -72,16 +76,11 @@ class StoryModule(L.LightningModule):
         self.trained = TrainedState.of(self.dit, optimizer)
         self.ema = Ema(self.trained, self.ema_config.decay)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Everything of a checkpoint but the optimizer's state."""
-        state = checkpoint.state
-        model, ema = checkpoint.weights("model"), checkpoint.weights("ema")
-        names = [fragment.name for fragment in self.trained.fragments]
-        weights = [model[name].view(-1) for name in names]
-        self.trained.load(weights, self.trained.moments(), self.trained.num_updates)
-        self.ema.load([ema[name].view(-1) for name in names], state.num_ema_updates)
-        self.position = state.position
-        self.skipped_in_a_row, self.num_skipped = state.skipped_in_a_row, state.num_skipped
+    def setup(self, stage: str) -> None:
+        """The processes have found each other, and the network is not wrapped yet."""
+        if self.sequence_parallel > 1:
+            self.dit.set_sequence_parallel(sequence_group(self.sequence_parallel))
+            log.info("the tokens of every clip are split over %d ranks", self.sequence_parallel)
 
     def on_fit_start(self) -> None:
         self.codec.to(self.device, torch.float32)
@@ -95,7 +94,9 @@ class StoryModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: ClipBatch, batch_idx: int) -> None:
         self.position = batch.next_position
-        self.batch_keys = [clip.key for clip in batch.clips]
+        if batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.batch_keys = []
+        self.batch_keys += [clip.key for clip in batch.clips]
 
     def training_step(self, batch: ClipBatch, batch_idx: int) -> Tensor:
         draws = [self.draw(clip) for clip in batch.clips]
@@ -115,8 +116,11 @@ class StoryModule(L.LightningModule):
         losses = flow_losses(prediction, target, cond_masks)  # (B,)
         self.clip_losses = losses.detach()
         self.clip_sizes = [ClipSize.of(*clip) for clip in zip(latents, captions, strict=True)]
-        # every clip weighs 1 / num_global_clips, however the ranks share them; DDP averages over ranks
-        return losses.sum() * (self.trainer.world_size / batch.num_global_clips)
+        # every clip weighs 1 / num_global_clips, however the ranks share them; strategies average over ranks,
+        # and the ranks of a sequence_parallel group hold the same clips
+        micro_steps = self.trainer.accumulate_grad_batches  # Lightning divides by them
+        num_data_ranks = self.trainer.world_size // self.sequence_parallel
+        return losses.sum() * (num_data_ranks * micro_steps / batch.num_global_clips)
 
     def embed(self, key: str, caption: str) -> CaptionEmbedding:
         """The embedding of a clip's caption; what a caption that is too long loses is said once per clip."""
@@ -146,27 +150,41 @@ class StoryModule(L.LightningModule):
         return build_optimizer(self.dit, self.optimizer_config, self.stage.lr_scale)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm) -> None:
-        """Clips, and drops gradients that are not finite: weights and moments then stay as they are."""
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.dit.parameters(), self.optimizer_config.clip_norm
-        )
-        if torch.isfinite(self.grad_norm):
+        """Clips, and drops gradients that are not finite: weights and moments then stay as they are.
+
+        Not called under ZeRO, where DeepSpeed does both.
+        """
+        norm = torch.nn.utils.clip_grad_norm_(self.dit.parameters(), self.optimizer_config.clip_norm)
+        if not torch.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+        self.judge_gradients(norm)
+
+    def judge_gradients(self, norm: Tensor) -> None:
+        """Counts steps that were skipped; NonFiniteGradients after too many of them in a row.
+
+        norm is of all ranks' gradients together, so that all ranks decide alike.
+        """
+        self.grad_norm = norm
+        if torch.isfinite(norm):
             self.skipped_in_a_row = 0
             return
         self.skipped_in_a_row += 1
         self.num_skipped += 1
         keys = ", ".join(self.batch_keys)
-        found = f"gradient norm {self.grad_norm.item()} at step {self.global_step}, clips {keys}"
+        found = f"gradient norm {norm.item()} at step {self.global_step}, this rank's clips {keys}"
         if self.skipped_in_a_row > self.optimizer_config.max_skipped:
             raise NonFiniteGradients(
                 f"{self.skipped_in_a_row} steps in a row without a finite gradient (optimizer.max_skipped="
                 f"{self.optimizer_config.max_skipped}); the last: {found}"
             )
         log.warning("step skipped: %s", found)
-        optimizer.zero_grad(set_to_none=True)
 
     def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None) -> None:
         set_learning_rates(optimizer, lr_share(self.global_step, self.stage.steps, self.optimizer_config))
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:  # ZeRO is called for every micro-step
+            return
+        if isinstance(self.trainer.strategy, ZeroStrategy):
+            self.judge_gradients(self.trainer.strategy.last_norm())
         if self.skipped_in_a_row == 0:
             self.ema.update()

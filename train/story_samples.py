@@ -39,7 +39,7 @@ class SampleStory:
 
 def read_sample_stories(index: ClipIndex, num_stories: int) -> list[SampleStory]:
     """The first clips of the index that have a story, all of the first one's frame size."""
-    reader, stories = ClipReader(index.dataset), []
+    reader, stories = ClipReader(), []
     for number in range(len(index)):
         row = index.row(number)
         size = (row.conditions.height, row.conditions.width)

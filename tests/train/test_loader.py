@@ -2,7 +2,6 @@
 
 import shutil
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -11,7 +10,7 @@ from storyanchors.caption_encoder import WordEncoder
 from storyanchors.clip import frames_to_tensor
 from storyanchors.story_world import from_story, render_frame
 from train.clip_index import ClipIndex
-from train.data_plan import PlannedBatch, PlannedClip
+from train.data_plan import PlannedClip, PlannedPack
 from train.loader import BrokenSample, ClipReader, PlannedClips, leave_out_uncuttable
 
 
@@ -22,9 +21,9 @@ def copy(dataset, tmp_path):
 
 def test_a_clip_is_what_was_rendered(dataset):
     index = ClipIndex.open(dataset)
-    batch = PlannedClips(index)[PlannedBatch((PlannedClip(3, epoch=5),), 0, 1)]
+    batch = PlannedClips(index)[PlannedPack((PlannedClip(3, epoch=5),), 1, 1)]
     clip, row = batch.clips[0], index.row(3)
-    record = ClipReader(dataset).caption(row)
+    record = ClipReader().caption(row)
     story = from_story(record.story)
     rendered = [Image.fromarray(render_frame(story, number)) for number in range(1, story.num_frames + 1)]
     assert (clip.key, clip.epoch, clip.captions["multi_event"]) == (row.key, 5, record.story.prompt())
@@ -44,7 +43,7 @@ def test_a_changed_byte_is_found_and_named(copy, column):
     content = bytearray(path.read_bytes())
     content[offset] ^= 0xFF
     path.write_bytes(content)
-    error = PlannedClips(ClipIndex.open(copy))[PlannedBatch((PlannedClip(2, 0),), 0, 1)]
+    error = PlannedClips(ClipIndex.open(copy))[PlannedPack((PlannedClip(2, 0),), 1, 1)]
     assert isinstance(error, BrokenSample)
     assert named in str(error) and str(path) in str(error)
 
@@ -54,7 +53,7 @@ def test_a_shard_cut_in_half_is_named(copy):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     index = ClipIndex.open(copy)
     with pytest.raises(BrokenSample, match=r"000000.tar: member story-world-.*the index expects"):
-        ClipReader(copy).frames(index.row(len(index) - 1))
+        ClipReader().frames(index.row(len(index) - 1))
 
 
 def test_a_broken_clip_stops_the_run_with_its_name(train, copy, tmp_path):
@@ -71,7 +70,7 @@ def test_a_dataset_without_an_index_says_what_to_run(tmp_path):
 def test_held_out_sources_are_a_share_and_never_trained_on(dataset):
     index = ClipIndex.open(dataset)
     train, held_out = index.split(0.3)
-    sources = lambda part: set(part.table["source"].to_pylist())  # noqa: E731
+    sources = lambda part: set(part.texts("source"))  # noqa: E731
     assert not sources(train) & sources(held_out)
     assert sources(train) | sources(held_out) == sources(index)
     smaller = index.split(0.1)[1]
@@ -81,7 +80,7 @@ def test_held_out_sources_are_a_share_and_never_trained_on(dataset):
 
 def test_tokens_are_counted_from_the_index(dataset):
     index = ClipIndex.open(dataset)
-    frames = np.array(index.table["num_frames"])
+    frames = index.numbers("num_frames")
     assert (index.num_tokens(8) == frames * 64).all()
 
 
@@ -94,14 +93,15 @@ class ShortSighted(WordEncoder):
 
 def test_captions_that_no_cutting_makes_short_enough_are_left_out_where_they_were_counted(dataset, caplog):
     index = ClipIndex.open(dataset)
-    reader = ClipReader(dataset)
+    reader = ClipReader()
     texts = [reader.caption(index.row(number)).story.prompt() for number in range(len(index))]
     shortest = min(WordEncoder().count_tokens(text) for text in texts)
 
     assert leave_out_uncuttable(index, ["multi_event"], ShortSighted(3)) is index  # none were counted
-    column = index.table.column_names.index("story_tokens")
+    [table] = index.tables
     counts = pa.array([WordEncoder().count_tokens(text) for text in texts], pa.int32())
-    counted = ClipIndex(dataset, index.table.set_column(column, "story_tokens", counts))
+    table = table.set_column(table.column_names.index("story_tokens"), "story_tokens", counts)
+    counted = ClipIndex(index.datasets, [table], index.chosen)
     assert len(leave_out_uncuttable(counted, ["multi_event"], ShortSighted(shortest - 1))) == len(
         index
     )  # cut

@@ -112,10 +112,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_weights(train, ar
 
 
 def test_two_processes_learn_what_one_learns(train, arguments, tmp_path):
-    more = [
-        "stage=continuation",
-        "data.clips_per_batch=3",
-    ]  # shared as 2 and 1: every clip still weighs a third
+    more = ["stage=continuation", "data.clips_per_batch=3", "data.packs_per_batch=2"]
     command = [sys.executable, "train/run_stage.py", *arguments(tmp_path / "two", *more)]
     command += ["strategy=ddp", "trainer.devices=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -85,7 +85,7 @@ def test_precomputed_pairs_train_and_draw_a_step_video_network(train, dataset, t
         tmp_path / "pairs", encoder="random numbers", text_dim=6144, clip_text_dim=1024
     )
     index, generator = ClipIndex.open(dataset), torch.Generator().manual_seed(0)
-    records = [ClipReader(dataset).caption(index.row(number)) for number in range(len(index))]
+    records = [ClipReader().caption(index.row(number)) for number in range(len(index))]
     for text in {"", *(record.story.prompt() for record in records)}:
         rows = [torch.randn(*size, generator=generator) for size in ((77, 1024), (1 + len(text) // 9, 6144))]
         pairs.write(text, tuple(part.bfloat16() for part in rows))
