@@ -79,7 +79,9 @@ def rng_state() -> dict[str, torch.Tensor]:
         "numpy": torch.tensor([*words.tolist(), place, has_gauss]),
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
         "python": torch.tensor([version, *python_words]),
-        "python_gauss": torch.tensor([float("nan") if python_gauss is None else python_gauss]).double(),
+        "python_gauss": torch.tensor(
+            [float("nan") if python_gauss is None else python_gauss], dtype=torch.float64
+        ),
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor
 
 from train.agree import from_first, gather, largest, num_ranks
@@ -114,7 +114,9 @@ class RunCheckpoints(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: StoryModule) -> None:
         if self.stopped_by is None and self.last_step < trainer.max_steps:
-            self.stopped_by = "trainer.max_time"  # its timer has stopped the run, between our look and now
+            if not any(isinstance(callback, Timer) for callback in trainer.callbacks):
+                raise RuntimeError(f"the batches ended after step {self.last_step} of {trainer.max_steps}")
+            self.stopped_by = "trainer.max_time"
         if self.saved_step < self.last_step:
             self.save(trainer, module)
         if self.writer.step is not None:
