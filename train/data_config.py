@@ -30,7 +30,8 @@ class DataConfig:
     look_ahead: int = 4  # batches that are balanced together
     drop_too_long: bool = False  # leave out clips above max_tokens instead of stopping
     holdout: float = 0.02  # share of the source videos that is never trained on
-    num_workers: int = 2
+    num_workers: int = 2  # processes that read and decode; 0 = the training process does
+    prefetch_mb: int = 4096  # of clips that wait in memory, per rank, at most
     max_broken_share: float = 0.001  # of the clips seen; above it the run stops
     log_keys: bool = False  # write the clips of every step to <run>/keys/, for those who want to check
 
