@@ -1,6 +1,5 @@
 """Who reads data of its own: every rank, or one for each group that shares the tokens of its clips."""
 
-from datetime import timedelta
 from typing import NamedTuple
 
 import lightning as L
@@ -26,9 +25,10 @@ class DataRanks(NamedTuple):
         return cls(trainer.global_rank // sequence_parallel, trainer.world_size // sequence_parallel)
 
 
-def sequence_group(sequence_parallel: int, timeout_s: float) -> ProcessGroup | None:
-    """This rank's group of consecutive ranks; a collective of all ranks. None where every rank is alone."""
-    if sequence_parallel == 1:
-        return None
-    group, _ = dist.new_subgroups(sequence_parallel, timeout=timedelta(seconds=timeout_s))
+def sequence_group(sequence_parallel: int) -> ProcessGroup:
+    """This rank's group of so many consecutive ranks; a collective of all ranks.
+
+    It has the run's timeout, which strategies.set_group_timeout has made torch's own.
+    """
+    group, _ = dist.new_subgroups(sequence_parallel)
     return group
