@@ -21,6 +21,7 @@ from storyanchors.lora import LORA_FILE
 from train.checkpoints import newest_checkpoint
 from train.run_stage import RunStageConfig
 from train.story_module import NonFiniteGradients
+from train.trained_state import MOMENTS
 
 ROOT = Path(__file__).parents[2]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
@@ -142,14 +143,19 @@ def test_a_run_goes_on_with_its_own_settings_only(train, three_steps):
         train(three_steps, *STAGE_3, "seed=1")
 
 
+def assert_handed_over(before: Path, after: Path) -> None:
+    """A run with a learning rate of 0 keeps the average that it began with."""
+    average, weights = saved_weights(before, "ema"), saved_weights(after)
+    assert average.keys() == weights.keys()
+    assert all(torch.equal(average[name], weights[name]) for name in weights)
+
+
 def test_hand_over_begins_with_the_average_and_remembers_where_from(train, three_steps, tmp_path):
     first = train(tmp_path / "next", "stage=continuation", f"init_from={three_steps}", "optimizer.lr=0.0")
-    average = three_steps / "checkpoints" / "step_00000003" / "ema.safetensors"
-    after = first / "checkpoints" / "step_00000003" / "model.safetensors"
-    assert average.read_bytes() == after.read_bytes()  # a learning rate of 0 leaves what was handed over
+    assert_handed_over(three_steps, first)
     provenance = json.loads((first / "provenance.json").read_text())
     assert provenance["init_from"]["step"] == 3
-    assert provenance["init_from"]["sha256"] == checkpoint_bits(three_steps, 3)["ema.safetensors"]["sha256"]
+    assert provenance["init_from"]["sha256"] == newest_checkpoint(three_steps).sha256("ema")
     assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": three_steps.name}]
     assert (first / "codec" / "codec.safetensors").read_bytes() == (
         three_steps / "codec" / "codec.safetensors"
@@ -196,8 +202,9 @@ def test_a_lora_run_learns_and_saves_the_lora_alone(lora_run, three_steps):
         low_rank = {name for name in weights if name.startswith("blocks.")}
         assert all(".lora_A." in name or ".lora_B." in name for name in low_rank) and len(low_rank) == 20
         assert all(weights[name].abs().max() > 0 for name in low_rank)  # B begins at zero
-    moments = newest_checkpoint(lora_run).optimizer_state()["state"]
-    assert len(moments) == len(weights) < len(saved_weights(three_steps))
+    moments = saved_weights(lora_run, "optimizer")
+    assert moments.keys() == {f"{moment}/{name}" for name in weights for moment in MOMENTS}
+    assert len(weights) < len(saved_weights(three_steps))
 
 
 def test_a_lora_over_bfloat16_weights_draws_samples_and_is_saved_in_float32(train, lora, tmp_path):
@@ -243,9 +250,7 @@ def test_the_base_of_a_lora_may_move_and_must_not_change(train, lora, lora_run, 
 
 def test_a_lora_is_handed_over_to_the_next_stage_as_it_is(train, lora, lora_run, tmp_path):
     following = train(tmp_path / "next", *lora, f"init_from={lora_run}", "optimizer.lr=0.0")
-    average = lora_run / "checkpoints" / "step_00000003" / "ema.safetensors"
-    after = following / "checkpoints" / "step_00000003" / "model.safetensors"
-    assert average.read_bytes() == after.read_bytes()
+    assert_handed_over(lora_run, following)
     provenance = json.loads((following / "provenance.json").read_text())
     assert provenance["base"] == json.loads((lora_run / "provenance.json").read_text())["base"]
     assert provenance["history"] == [{"stage": "continuation", "steps": 3, "run": lora_run.name}]
