@@ -5,6 +5,7 @@ in bfloat16 by autocast. So a strategy changes memory and traffic, not numbers.
 """
 
 import os
+import warnings
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any
@@ -118,6 +119,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
         # an op of its CPU backend, compiled at start: killed meanwhile it leaves a lock that all wait for
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # its calls
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -129,6 +131,13 @@ class ZeroStrategy(DeepSpeedStrategy):
             )
         self.precision_plugin = ZeroPrecision(self.precision_plugin.precision)
         self._format_batch_size_and_grad_accum_config()
+
+    def _setup_model_and_optimizer(self, model, optimizer, lr_scheduler=None):
+        import deepspeed
+
+        if self.zero_stage_3:  # one weight after the other: a GPU never holds the whole network
+            deepspeed.zero.Init(model, config_dict_or_path=self.config, mem_efficient_linear=False)
+        return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
 
     def last_norm(self) -> Tensor:
         """Of the last step's gradients, before clipping; inf where the step was skipped."""
