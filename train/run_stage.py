@@ -164,13 +164,14 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
 
 def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Trainer:
     """ValueError for what Lightning or DeepSpeed do not take."""
+    settings = config.trainer | launch_settings(World.of_this_process())
     try:
         strategy = build_strategy(
             config.strategy,
             offload=config.offload,
             timeout_s=config.collective_timeout_s,
             deepspeed=config.deepspeed,
-            trainer=config.trainer,
+            trainer=settings,
             clip_norm=config.optimizer.clip_norm,
         )
         trainer = L.Trainer(
@@ -183,7 +184,7 @@ def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Traine
             enable_checkpointing=False,
             use_distributed_sampler=False,
             log_every_n_steps=1,  # of what Lightning itself logs, which is nothing
-            **config.trainer | launch_settings(World.of_this_process()),
+            **settings,
         )
     except (TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
         raise ValueError(f"Lightning does not take these trainer settings: {error}") from error
