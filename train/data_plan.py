@@ -7,15 +7,18 @@ into global batches; the world size only decides who computes which pack. Nothin
 
 import heapq
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from train.clip_stream import ClipStream, Mix
 from train.stable_hash import stable_hash
+
+Pack = TypeVar("Pack")
+COST_STEPS = 2**31  # the dearest clip of a window in whole numbers, which add up alike on every machine
 
 
 class PlannedClip(NamedTuple):
@@ -87,32 +90,32 @@ class DataPlan:
 
     def batch(self, position: int) -> PlannedBatch:
         """The batch that begins at a position; ValueError where none begins."""
-        batches = self._window(position // self.window_clips)
-        if position not in batches:
+        window, packs = self._at(position)
+        return PlannedBatch(tuple(map(window.clips, packs)), position, position + sum(map(len, packs)))
+
+    def packs(self, position: int, *, rank: int, world_size: int) -> Iterator[PlannedPack]:
+        """One rank's packs from a position on, without end."""
+        if self.packs_per_batch % world_size:
+            raise ValueError(f"packs_per_batch={self.packs_per_batch} cannot be shared by {world_size} ranks")
+        while True:
+            window, packs = self._at(position)
+            num_global_clips = sum(map(len, packs))
+            position += num_global_clips
+            for pack in packs_of_rank(packs, rank, world_size):
+                yield PlannedPack(window.clips(pack), num_global_clips, position)
+
+    def _at(self, position: int) -> tuple["_Window", list[list[int]]]:
+        window = self._window(position // self.window_clips)
+        if position not in window.batches:
             raise ValueError(
                 f"no batch of the data plan begins at clip {position}: the position is of a run with other "
                 "data or other data settings"
             )
-        return batches[position]
+        return window, window.batches[position]
 
-    def packs(self, position: int, *, rank: int, world_size: int) -> Iterator[PlannedPack]:
-        """One rank's packs from a position on, without end; the ranks of a micro-step have similar ones."""
-        if self.packs_per_batch % world_size:
-            raise ValueError(f"packs_per_batch={self.packs_per_batch} cannot be shared by {world_size} ranks")
-        while True:
-            batch = self.batch(position)
-            for first in range(0, self.packs_per_batch, world_size):
-                # there and back again: who got the dearest of one micro-step gets the cheapest of the next
-                backwards = first // world_size % 2
-                place = first + (world_size - 1 - rank if backwards else rank)
-                yield PlannedPack(batch.packs[place], batch.num_global_clips, batch.end)
-            position = batch.end
-
-    def _solve(self, number: int) -> dict[int, PlannedBatch]:
-        """The batches of a window by their position."""
+    def _solve(self, number: int) -> "_Window":
         position = number * self.window_clips
         rows, epochs = self.stream.clips(position, position + self.window_clips)
-        clips = list(map(PlannedClip, rows.tolist(), epochs.tolist()))
         packs = pack_clips(
             self.tokens[rows], self.costs[rows], self.packs_per_batch, self.look_ahead, self.max_tokens
         )
@@ -120,11 +123,28 @@ class DataPlan:
         order = np.random.Generator(np.random.Philox(key=stable_hash("window", *self.key, number)))
         batches = {}
         for group in order.permutation(len(groups)).tolist():
-            of_batch = tuple(tuple(clips[place] for place in pack) for pack in groups[group])
-            end = position + sum(map(len, of_batch))
-            batches[position] = PlannedBatch(of_batch, position, end)
-            position = end
-        return batches
+            batches[position] = groups[group]
+            position += sum(map(len, groups[group]))
+        return _Window(rows.tolist(), epochs.tolist(), batches)
+
+
+class _Window(NamedTuple):
+    """The clips of a window by their place in it, and its batches by their position: packs of places."""
+
+    rows: list[int]
+    epochs: list[int]
+    batches: dict[int, list[list[int]]]
+
+    def clips(self, pack: list[int]) -> tuple[PlannedClip, ...]:
+        return tuple(PlannedClip(self.rows[place], self.epochs[place]) for place in pack)
+
+
+def packs_of_rank(packs: Sequence[Pack], rank: int, world_size: int) -> list[Pack]:
+    """A rank's packs of a batch, one for each micro-step, in which all ranks have similar ones."""
+    micro_steps = range(len(packs) // world_size)
+    # there and back again: who got the dearest of one micro-step gets the cheapest of the next
+    places = [rank if step % 2 == 0 else world_size - 1 - rank for step in micro_steps]
+    return [packs[step * world_size + place] for step, place in zip(micro_steps, places, strict=True)]
 
 
 def pack_clips(
@@ -148,25 +168,47 @@ def _deal(
 
     None when a clip finds no room.
     """
+    # A pack is one whole number, so that the heap compares quickly: its load above, its own number below.
+    bits = num_packs.bit_length()
+    mask = (1 << bits) - 1
     order = np.argsort(-costs, kind="stable")
-    least = np.minimum.accumulate(tokens[order][::-1])[::-1].tolist()  # tokens of any clip from here on
-    tokens, costs = tokens.tolist(), costs.tolist()
+    steps = [step << bits for step in np.rint(costs[order] * (COST_STEPS / costs.max())).astype(int).tolist()]
     packs: list[list[int]] = [[] for _ in range(num_packs)]
-    room = [math.inf if max_tokens is None else max_tokens] * num_packs
-    heap = [(0.0, number) for number in range(num_packs)]  # (cost, pack)
-    for clip, least_left in zip(order.tolist(), least, strict=True):
-        too_full = []
-        while heap and room[heap[0][1]] < tokens[clip]:
+    heap = list(range(num_packs))
+    if max_tokens is None:
+        for clip, step in zip(order.tolist(), steps, strict=True):
+            pack = heap[0]
+            packs[pack & mask].append(clip)
+            heapq.heapreplace(heap, pack + step)
+    elif not _fill(packs, heap, order.tolist(), steps, tokens[order], mask, max_tokens):
+        return None
+    return [packs[pack & mask] for pack in sorted(heap, key=lambda pack: (-(pack >> bits), pack))]
+
+
+def _fill(
+    packs: list[list[int]],
+    heap: list[int],
+    order: list[int],
+    steps: list[int],
+    tokens: np.ndarray,
+    mask: int,
+    max_tokens: int,
+) -> bool:
+    """The same with a cap; False when a clip finds no room. steps and tokens are in that order."""
+    least_left = np.minimum.accumulate(tokens[::-1])[::-1].tolist()  # of this clip and all after it
+    room, full = [max_tokens] * len(packs), []
+    for clip, step, num_tokens, least in zip(order, steps, tokens.tolist(), least_left, strict=True):
+        passed_over = []
+        while heap and room[heap[0] & mask] < num_tokens:
             pack = heapq.heappop(heap)
-            if room[pack[1]] >= least_left:
-                too_full.append(pack)
+            (passed_over if room[pack & mask] >= least else full).append(pack)
         if not heap:
-            return None
-        cost, number = heap[0]
-        packs[number].append(clip)
-        room[number] -= tokens[clip]
-        heapq.heapreplace(heap, (cost + costs[clip], number))
-        for pack in too_full:
+            return False
+        pack = heap[0]
+        packs[pack & mask].append(clip)
+        room[pack & mask] -= num_tokens
+        heapq.heapreplace(heap, pack + step)
+        for pack in passed_over:
             heapq.heappush(heap, pack)
-    loads = [sum(costs[clip] for clip in pack) for pack in packs]
-    return [packs[number] for number in sorted(range(num_packs), key=lambda number: -loads[number])]
+    heap += full
+    return True
