@@ -167,7 +167,8 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         settings = (self.activation_checkpointing, self.config, x_ND, _compute_dtype(x_ND), self.parameters())
         modes = block_modes(*settings)
         if self.activation_checkpointing == "auto":
-            modes = agree_on_modes(modes, share, x_ND.device)
+            is_sharded = hasattr(self.scale_shift_table, "ds_id")  # DeepSpeed's mark of ZeRO-3
+            modes = agree_on_modes(modes, share, x_ND.device, is_sharded=is_sharded)
         for block, mode in zip(self.blocks, modes, strict=True):
             x_ND = self._run_block(block, mode, x_ND, *args)
         shift, scale = (self.scale_shift_table.float() + temb_BD[:, None]).unbind(1)

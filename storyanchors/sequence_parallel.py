@@ -93,12 +93,19 @@ def gather_tokens(x_nV: Tensor, share: TokenShare) -> Tensor:
     return _exchange(x_nV.repeat(num_ranks, 1), [len(x_nV)] * num_ranks, share.sizes, share.group)
 
 
-def agree_on_modes(modes: list[str], share: TokenShare, device: torch.device) -> list[str]:
-    """The most frugal mode of every block: what one rank exchanges again, its whole group must."""
-    if share.group is None:
+def agree_on_modes(
+    modes: list[str], share: TokenShare, device: torch.device, *, is_sharded: bool
+) -> list[str]:
+    """The most frugal mode of every block: what one rank exchanges again, its whole group must.
+
+    With weights that are sharded over all ranks (ZeRO-3), a block that runs again gathers them again: then
+    all ranks agree.
+    """
+    if share.group is None and not is_sharded:
         return modes
     numbers = torch.tensor([MODES.index(mode) for mode in modes], device=device)  # in the order of frugality
-    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=_resolve_process_group(share.group))
+    group = None if is_sharded else _resolve_process_group(share.group)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX, group=group)
     return [MODES[number] for number in numbers.tolist()]
 
 
