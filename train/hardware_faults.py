@@ -32,19 +32,27 @@ def hardware_faults() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise ValueError(
-            f"{World.of_this_process()} is out of GPU memory: lower data.max_tokens, choose another cluster= "
+            f"{_who()} is out of GPU memory: lower data.max_tokens, choose another cluster= "
             f"or model.activation_checkpointing=full ({_first_line(error)})"
         ) from error
     except (distributed.DistError, torch.AcceleratorError) as error:
-        raise HardwareFault(f"{World.of_this_process()}: {_first_line(error)}") from error
+        raise HardwareFault(f"{_who()}: {_first_line(error)}") from error
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
-        raise HardwareFault(f"{World.of_this_process()} lost another rank: {_first_line(error)}") from error
+        raise HardwareFault(f"{_who()} lost another rank: {_first_line(error)}") from error
     except OSError as error:
         if error.errno not in TRANSIENT:
             raise
-        raise HardwareFault(f"{World.of_this_process()}: {error}") from error
+        raise HardwareFault(f"{_who()}: {error}") from error
+
+
+def _who() -> str:
+    """By the process group where there is one: Lightning's own launcher says nothing in the environment."""
+    if not distributed.is_initialized():
+        return str(World.of_this_process())
+    host = World.of_this_process().host
+    return f"rank {distributed.get_rank()} of {distributed.get_world_size()} on {host}"
 
 
 def _first_line(error: Exception) -> str:
