@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -52,6 +53,14 @@ class ClipRow:
     caption_size: int | None
 
 
+def tar_path(dataset: str, shard: str, location: str | None) -> str:
+    return location or join(dataset, "frames", f"{shard}.tar")
+
+
+def captions_path(dataset: str, run: str, shard: str) -> str:
+    return join(dataset, "captions", run, f"{shard}.jsonl")
+
+
 ROW_COLUMNS = tuple(name for name in ClipRow.__annotations__ if name not in ("dataset", "conditions"))
 INDEX_COLUMNS = {
     *ROW_COLUMNS, *CONDITION_COLUMNS, *CAPTION_COLUMNS.values(), *TOKEN_COLUMNS.values(), "source"
@@ -78,6 +87,31 @@ class ClipIndex:
                 raise ValueError(f"{path} lacks the column {missing[0]}: {WRITE_IT}")
             tables.append(table)
         return cls(list(map(str, datasets)), tables, [np.arange(len(table)) for table in tables])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a worker process, which maps the files itself: a table would be copied whole."""
+        files = [(len(table), table.schema.metadata) for table in self.tables]
+        return {"datasets": self.datasets, "chosen": self.chosen, "files": files}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tables = [open_index(dataset) for dataset in state["datasets"]]
+        for dataset, table, file in zip(state["datasets"], tables, state["files"], strict=True):
+            if (len(table), table.schema.metadata) != file:
+                raise ValueError(f"the index of {printable(dataset)} was written again while the run started")
+        self.__init__(state["datasets"], tables, state["chosen"])
+
+    def files(self) -> list[str]:
+        """Paths or URLs of all tars and caption files that the indexes name, each once."""
+        found = set()
+        for dataset, table in zip(self.datasets, self.tables, strict=True):
+            kinds = table.select(["shard", "location", "caption_run"]).group_by(
+                ["shard", "location", "caption_run"]
+            )
+            for row in kinds.aggregate([]).to_pylist():
+                found.add(tar_path(dataset, row["shard"], row["location"]))
+                if row["caption_run"] is not None:
+                    found.add(captions_path(dataset, row["caption_run"], row["shard"]))
+        return sorted(found)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -140,6 +174,11 @@ class ClipIndex:
         frames, height, width = (self.numbers(name) for name in ("num_frames", "height", "width"))
         return frames * (height // pixels_per_token) * (width // pixels_per_token)
 
+    def frame_bytes(self) -> np.ndarray:
+        """Bytes (N,) of every clip's frames in their files."""
+        columns = zip(self.tables, self.chosen, strict=True)
+        return np.concatenate([_list_sums(table["frame_sizes"])[chosen] for table, chosen in columns])
+
     def common_frame_size(self) -> tuple[int, int]:
         """(height, width) of most clips, in pixels; the largest of several that are as frequent."""
         sizes = np.stack([self.numbers("height"), self.numbers("width")])
@@ -168,6 +207,16 @@ def _held_out(column: pa.ChunkedArray, holdout: float) -> np.ndarray:
         sources = encoded.dictionary.to_pylist()
         chosen = [stable_hash("holdout", source) / 2**63 < holdout for source in sources]
         parts.append(np.array(chosen, dtype=bool)[encoded.indices.to_numpy()])
+    return np.concatenate(parts)
+
+
+def _list_sums(column: pa.ChunkedArray) -> np.ndarray:
+    """The sum (N,) of each list of a column, chunk by chunk."""
+    parts = [np.zeros(0, dtype=np.int64)]
+    for chunk in column.chunks:
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
+        sums = np.concatenate([[0], np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False))])
+        parts.append(np.diff(sums[np.concatenate([[0], ends])]))
     return np.concatenate(parts)
 
 

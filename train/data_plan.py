@@ -85,6 +85,7 @@ class DataPlan:
         self.packs_per_batch = packs_per_batch
         self.max_tokens = max_tokens
         self.look_ahead = look_ahead
+        self.mix = mix
         self.stream = ClipStream(len(tokens), seed=seed, stage=stage, mix=mix)
         self._window = lru_cache(maxsize=2)(self._solve)
 

@@ -1,106 +1,150 @@
-"""Batches of clips read by offset from frame shards, in the order of the data plan.
+"""Packs of clips in the order of the data plan, read and decoded by worker processes ahead of training.
 
-A clip's bytes are read with pread, so nothing is unpacked and no tar is walked; every payload's checksum is
-compared with the index before it is decoded. The loader has no state: the plan's position says what is next.
+The loader has no state: the plan's position says what is next. A broken clip is replaced by rule and noted in
+the run's quarantine (train/quarantine.py); what cannot be read at all stops the run.
 """
 
 import logging
-import os
 import time
-import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
 
-import torch
-from PIL import Image
-from torch import Tensor
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from storyanchors.caption_encoder import TokenCounter, fit_caption
-from storyanchors.clip import CaptionRecord, decode_jpeg, frame_member, frames_to_tensor
-from storyanchors.conditioning import ClipConditions
-from train.clip_index import ClipIndex, ClipRow
-from train.data_plan import PlannedPack
-from train.stop_signals import ignore_stop_signals
+from train.clip_index import ClipIndex
+from train.clip_reader import BrokenSample, ClipReader, LoadedClip, caption_texts
+from train.data_plan import PlannedClip, PlannedPack
+from train.quarantine import BrokenClip, Quarantine, Replacements
+from train.workers import Workers, start_worker, start_worker_server
 
 log = logging.getLogger(__name__)
-
-MAX_OPEN_FILES = 64
-
-
-@dataclass
-class LoadedClip:
-    key: str
-    epoch: int
-    frames: Tensor  # (F, 3, H, W) in [-1, 1]
-    conditions: ClipConditions
-    captions: dict[str, str]  # by kind, those that the clip has
 
 
 @dataclass
 class ClipBatch:
-    clips: list[LoadedClip]  # of this rank
+    """A pack as this rank holds it."""
+
+    clips: list[LoadedClip]
     num_global_clips: int
     next_position: int
+    num_tokens: int = 0  # video tokens of the clips
     wait_s: float = 0.0  # how long the training loop waited for it
+    broken: list[BrokenClip] = field(default_factory=list)  # those that others replace
 
 
-class BrokenSample(ValueError):
-    """A clip whose bytes are not what the index says; the message names shard, key and member."""
+class PlannedClips(Dataset):
+    """What the workers run: a planned pack -> its clips, or the error that stopped them, as a value.
 
+    tokens (N,) of every clip of the index decide which clip may replace another.
+    """
 
-class ClipReader:
-    """Frames and captions of index rows, from the files of their datasets."""
+    def __init__(self, index: ClipIndex, tokens: np.ndarray, reader: ClipReader | None = None):
+        self.index = index
+        self.tokens = tokens
+        self.reader = reader or ClipReader()
+        self.replacements = Replacements(tokens)
 
-    def __init__(self):
-        self._files: dict[Path, int] = {}
-
-    def frames(self, row: ClipRow) -> list[Image.Image]:
-        """The clip's story frames, or BrokenSample."""
-        path = Path(row.location or Path(row.dataset, "frames", f"{row.shard}.tar"))
-        size = (row.conditions.width, row.conditions.height)
-        ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
-        return [
-            self._frame(path, *byte_range, size, f"{path}: member {row.key}.{frame_member(number)}")
-            for number, byte_range in enumerate(ranges, start=1)
-        ]
-
-    def _frame(
-        self, path: Path, offset: int, num_bytes: int, crc32: int, size: tuple[int, int], where: str
-    ) -> Image.Image:
-        data = self._read(path, offset, num_bytes, where)
-        if (found := zlib.crc32(data)) != crc32:
-            raise BrokenSample(f"{where}: crc32 is {found:08x}, the index expects {crc32:08x}")
+    def __getitem__(self, pack: PlannedPack) -> ClipBatch | OSError | ValueError:
+        batch = ClipBatch([], pack.num_global_clips, pack.next_position)
         try:
-            return decode_jpeg(data, size)
-        except ValueError as error:
-            raise BrokenSample(f"{where}: {error}") from error
+            for planned in pack.clips:
+                self._add(planned, batch)
+        except (OSError, ValueError) as error:
+            return error  # raised again in the main process, without a worker's traceback
+        return batch
 
-    def caption(self, row: ClipRow) -> CaptionRecord:
-        """The clip's captions; an empty record where the index knows none."""
-        if row.caption_run is None:
-            return CaptionRecord(row.key)
-        path = Path(row.dataset, "captions", row.caption_run, f"{row.shard}.jsonl")
-        where = f"{path}: caption of clip {row.key}"
-        try:
-            record = CaptionRecord.from_json(self._read(path, row.caption_offset, row.caption_size, where))
-        except ValueError as error:
-            raise BrokenSample(f"{where}: {error}") from error
-        if record.key != row.key:
-            raise BrokenSample(f"{where}: the line belongs to {record.key}; write the index again")
-        return record
+    def _add(self, planned: PlannedClip, batch: ClipBatch) -> None:
+        """Puts the clip, or the first of its replacements that is whole, into the batch."""
+        errors: list[tuple[str, BrokenSample]] = []
+        for number in chain([planned.row], self.replacements.of(planned.row)):
+            row = self.index.row(number)
+            try:
+                batch.clips.append(self.reader.load(row, planned.epoch))
+            except BrokenSample as error:
+                errors.append((row.key, error))
+                continue
+            batch.num_tokens += int(self.tokens[number])
+            batch.broken += [
+                BrokenClip(key, error.path, error.member, error.reason, row.key, planned.epoch)
+                for key, error in errors
+            ]
+            return
+        raise ValueError(
+            f"clip {errors[0][0]} is broken ({errors[0][1]}), and so are the {len(errors) - 1} clips that "
+            f"may take its place; the last: {errors[-1][1]}"
+        )
 
-    def _read(self, path: Path, offset: int, size: int, where: str) -> bytes:
-        if path not in self._files:
-            if len(self._files) >= MAX_OPEN_FILES:
-                os.close(self._files.pop(next(iter(self._files))))
-            self._files[path] = os.open(path, os.O_RDONLY)
-        data = os.pread(self._files[path], size, offset)
-        if len(data) != size:
-            raise BrokenSample(f"{where}: {len(data)} bytes at offset {offset}, the index expects {size}")
-        return data
+
+class PlannedLoader:
+    """Iterates a rank's packs in the plan's order, whatever the number of workers, and times each wait.
+
+    packs(position) are the planned ones from there on; position() and num_packs() are asked for when an
+    iteration begins, which is after a checkpoint was restored. prefetch: packs each worker has under way.
+    """
+
+    def __init__(
+        self,
+        clips: PlannedClips,
+        packs: Callable[[int], Iterator[PlannedPack]],
+        *,
+        position: Callable[[], int],
+        num_packs: Callable[[], int],
+        quarantine: Quarantine,
+        num_workers: int,
+        prefetch: int = 1,
+    ):
+        self.clips = clips
+        self.packs = packs
+        self.position = position
+        self.num_packs = num_packs
+        self.quarantine = quarantine
+        self.num_workers = num_workers
+        self.prefetch = prefetch
+
+    def __len__(self) -> int:
+        return self.num_packs()
+
+    def __iter__(self) -> Iterator[ClipBatch]:
+        num_packs = len(self)
+        packs = islice(self.packs(self.position()), num_packs)
+        with Workers() as workers:
+            batches = iter(self._start(packs))
+            workers.note_started()
+            for _ in range(num_packs):
+                start = time.perf_counter()
+                batch = _next(batches, workers)
+                batch.wait_s = time.perf_counter() - start
+                self.quarantine.add(batch.broken, num_clips=len(batch.clips))
+                yield batch
+
+    def _start(self, packs: Iterator[PlannedPack]) -> DataLoader:
+        if not self.num_workers:
+            return DataLoader(self.clips, sampler=packs, batch_size=None)
+        start_worker_server()
+        return DataLoader(
+            self.clips,
+            sampler=packs,
+            batch_size=None,
+            num_workers=self.num_workers,
+            prefetch_factor=self.prefetch,
+            worker_init_fn=start_worker,
+            multiprocessing_context="forkserver",
+        )
+
+
+def _next(batches: Iterator[ClipBatch | OSError | ValueError], workers: Workers) -> ClipBatch:
+    try:
+        batch = next(batches)
+    except RuntimeError as error:
+        if reason := workers.explain_end():
+            raise ValueError(reason) from error
+        raise
+    if isinstance(batch, Exception):
+        raise batch
+    return batch
 
 
 def leave_out_uncuttable(index: ClipIndex, kinds: Iterable[str], encoder: TokenCounter) -> ClipIndex:
@@ -121,68 +165,3 @@ def leave_out_uncuttable(index: ClipIndex, kinds: Iterable[str], encoder: TokenC
     first = next(iter(left_out.values()))
     log.warning("%d of %d clips are left out, such as %s", len(left_out), len(index), first)
     return index.without(set(left_out))
-
-
-def caption_texts(record: CaptionRecord) -> dict[str, str]:
-    """The clip's text of each kind that it has."""
-    texts = {"global": record.global_caption, "multi_event": record.story.prompt() if record.story else ""}
-    return {kind: text for kind, text in texts.items() if text}
-
-
-class PlannedClips(Dataset):
-    """What the workers run: a planned pack -> its clips, or the error that stopped them, as a value."""
-
-    def __init__(self, index: ClipIndex):
-        self.index = index
-        self.reader = ClipReader()
-
-    def __getitem__(self, planned: PlannedPack) -> ClipBatch | OSError | ValueError:
-        try:
-            clips = [self._load(clip.row, clip.epoch) for clip in planned.clips]
-        except (
-            OSError,
-            ValueError,
-        ) as error:  # raised again in the main process, without a worker's traceback
-            return error
-        return ClipBatch(clips, planned.num_global_clips, planned.next_position)
-
-    def _load(self, number: int, epoch: int) -> LoadedClip:
-        row = self.index.row(number)
-        frames = frames_to_tensor(self.reader.frames(row))
-        captions = caption_texts(self.reader.caption(row))
-        return LoadedClip(row.key, epoch, frames, row.conditions, captions)
-
-
-class PlannedLoader:
-    """Iterates so many packs in the plan's order, whatever the number of workers, and times each wait."""
-
-    def __init__(
-        self, clips: PlannedClips, packs: Iterator[PlannedPack], num_packs: int, *, num_workers: int
-    ):
-        self.num_packs = num_packs
-        self.loader = DataLoader(
-            clips,
-            sampler=islice(packs, num_packs),
-            batch_size=None,
-            num_workers=num_workers,
-            prefetch_factor=4 if num_workers else None,
-            worker_init_fn=_start_worker,
-        )
-
-    def __len__(self) -> int:
-        return self.num_packs
-
-    def __iter__(self) -> Iterator[ClipBatch]:
-        batches = iter(self.loader)
-        for _ in range(len(self)):
-            start = time.perf_counter()
-            batch = next(batches)
-            if isinstance(batch, Exception):
-                raise batch
-            batch.wait_s = time.perf_counter() - start
-            yield batch
-
-
-def _start_worker(worker_id: int) -> None:
-    ignore_stop_signals()  # a signal to the process group must not kill the reader of the step in flight
-    torch.set_num_threads(1)

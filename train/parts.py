@@ -1,5 +1,6 @@
 """The parts of a run: the network of a preset, the frozen codec and the frozen caption encoder."""
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,9 +18,13 @@ from storyanchors.embedders import CaptionEmbedding
 from storyanchors.lora import LoraSettings
 from storyanchors.output_folder import output_folder
 from storyanchors.sequence_parallel import check_degree
+from storyanchors.weights import read_json
 from train.clip_index import ClipIndex
+from train.clip_reader import BrokenSample, ClipReader
 from train.clip_stream import epoch_order
-from train.loader import ClipReader
+from train.quarantine import MAX_REPLACEMENTS
+
+log = logging.getLogger(__name__)
 
 CODEC, CAPTION_ENCODER = "codec", "caption_encoder"  # folders in a run folder
 FITTED_CODEC = "pca"  # instead of a folder or reference: made here, no files needed
@@ -110,6 +115,16 @@ def open_codec(config: ModelConfig, fitted: Path) -> Codec:
     return load_codec(fitted if config.codec == FITTED_CODEC else config.codec)
 
 
+def spatial_stride(config: ModelConfig) -> int:
+    """Pixels of a latent on a side: of the codec that is there, else of the preset's; no weights are read."""
+    if config.codec == FITTED_CODEC:
+        return 4
+    record = Path(config.codec, "config.json")
+    if record.is_file() and "patch" in (settings := read_json(record)):  # a PcaCodec
+        return settings["patch"]
+    return 16 if config.preset == "step-30b" else 8
+
+
 def fit_codec(config: ModelConfig, index: ClipIndex, seed: int) -> PcaCodec:
     """A codec for the story frames of these clips."""
     return PcaCodec.fit(_first_frames(index, config.pca_frames, seed))
@@ -148,10 +163,17 @@ def save_own_parts(config: ModelConfig, run_dir: Path, codec: Codec, caption_enc
 
 def _first_frames(index: ClipIndex, num_frames: int, seed: int) -> Tensor:
     """About num_frames story frames (N, 3, H, W) of shuffled clips, cut to their least height and width."""
-    reader, clips = ClipReader(), []
+    reader, clips, broken = ClipReader(), [], []
     for number in epoch_order(len(index), seed, "codec"):
-        clips.append(frames_to_tensor(reader.frames(index.row(int(number)))))
-        if sum(map(len, clips)) >= num_frames:
+        try:
+            clips.append(frames_to_tensor(reader.frames(index.row(int(number)))))
+        except BrokenSample as error:
+            broken.append(error)
+        if sum(map(len, clips)) >= num_frames or len(broken) > MAX_REPLACEMENTS:
             break
+    if not clips:
+        raise ValueError(f"none of {len(broken)} clips can be read to fit a codec; the last: {broken[-1]}")
+    if broken:
+        log.warning("the codec is fitted without %d broken clips such as %s", len(broken), broken[0])
     height, width = (min(clip.shape[axis] for clip in clips) for axis in (2, 3))
     return torch.cat([clip[:, :, :height, :width] for clip in clips])

@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "resume",
     "logger",
     "log_every_n_steps",
+    "peak_tflops",
     "checkpoint",
     "samples",
     "held_out",

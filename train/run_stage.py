@@ -14,22 +14,21 @@ if __name__ == "__main__":  # before torch, whose import takes seconds in which 
 
 import logging
 import math
-import os
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import MISSING
 
-from conf.command import Stopped, run
+from conf.command import HARDWARE, Stopped, leave_at_once, run
 from storyanchors.attention import describe_kernel
 from storyanchors.caption_encoder import load_token_counter
 from storyanchors.dit import StoryDiT
@@ -39,10 +38,16 @@ from train.callbacks import MetricsLog, StageProgress
 from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_costs import plan_clips
 from train.clip_index import ClipIndex
+from train.clip_reader import check_files
+from train.dashboards import DASHBOARDS
 from train.data_config import DataConfig
+from train.data_plan import DataPlan
 from train.data_ranks import DataRanks
+from train.dry_run import describe_run
 from train.ema import EmaConfig
 from train.hardware_faults import hardware_faults
+from train.heartbeat import Heartbeat
+from train.held_out_loss import HeldOutConfig, HeldOutLoss
 from train.keys_log import KeysLog
 from train.launcher import launch_settings
 from train.loader import PlannedClips, PlannedLoader, leave_out_uncuttable
@@ -58,7 +63,10 @@ from train.parts import (
     open_caption_encoder,
     open_codec,
     save_own_parts,
+    spatial_stride,
 )
+from train.plan_report import describe_plan
+from train.quarantine import Quarantine
 from train.run_checkpoints import RunCheckpoints
 from train.run_folder import (
     CONFIG,
@@ -73,17 +81,16 @@ from train.run_folder import (
     write_settings,
 )
 from train.run_lock import run_lock
-from train.stable_hash import stable_hash
 from train.stage import CAPTION_KINDS, StageConfig
 from train.stop_signals import StopFlag, keep_handlers
 from train.story_module import StoryModule
 from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
 from train.strategies import STRATEGIES, build_strategy
+from train.workers import prefetch_per_worker, start_worker_server
 from train.world import World
 
 log = logging.getLogger(__name__)
 
-LOGGERS = ("none", "tensorboard", "wandb")
 SET_BY_US = (
     "max_steps", "max_epochs", "callbacks", "logger", "strategy", "default_root_dir", "enable_checkpointing",
     "use_distributed_sampler", "log_every_n_steps", "gradient_clip_val", "accumulate_grad_batches",
@@ -99,23 +106,26 @@ class RunStageConfig:
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
+    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     run_dir: str = MISSING
     init_from: str | None = None  # run or model folder whose weights this stage begins with
     resume: str = "auto"  # auto | never
     seed: int = 0
     logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
     log_every_n_steps: int = 10
+    peak_tflops: float | None = None  # of one device, for MFU; None = by its name, where that is known
     strategy: str = "auto"  # auto | ddp | zero1 | zero2 | zero3
     offload: bool = False  # ZeRO's masters and moments in the host's memory
     collective_timeout_s: float = 600  # how long ranks wait for one that does not answer
     trainer: dict[str, Any] = field(default_factory=dict)  # verbatim to L.Trainer
     deepspeed: dict[str, Any] = field(default_factory=dict)  # over DeepSpeed's own settings
     preflight: PreflightConfig = field(default_factory=PreflightConfig)  # read by train/preflight.py
+    plan_report: bool = False  # says what the plan makes of the clips, and ends
     dry_run: bool = False  # says who would train on what, and ends
 
     def __post_init__(self):
-        if self.logger not in LOGGERS:
-            raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(LOGGERS)}")
+        if self.logger not in DASHBOARDS:
+            raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(DASHBOARDS)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
         if taken := sorted(set(self.trainer) & set(SET_BY_US)):
@@ -125,6 +135,9 @@ class RunStageConfig:
 
 
 def main(config: RunStageConfig) -> None:
+    if config.dry_run or config.plan_report:
+        print(dry_run(config))
+        return
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
     with run_lock(run_dir) if rank_zero_only.rank == 0 else nullcontext():
         config = with_pinned_packs(config)
@@ -137,24 +150,52 @@ def main(config: RunStageConfig) -> None:
     report(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
 
 
+def dry_run(config: RunStageConfig) -> str:
+    """What a run with these settings would do, on a machine that need not have a GPU."""
+    config = with_pinned_packs(replace(config, trainer=config.trainer | {"accelerator": "cpu"}))
+    train_clips, held_out = open_clips(config)
+    trainer = build_trainer(config, [])
+    config = share_packs(config, trainer)
+    clips, plan = build_plan(config, train_clips)
+    if config.plan_report:
+        return describe_plan(
+            clips,
+            plan,
+            held_out=len(held_out),
+            dropped=len(train_clips) - len(clips),
+            num_steps=config.stage.steps,
+        )
+    return describe_run(
+        clips,
+        plan,
+        num_nodes=trainer.num_nodes,
+        num_on_node=trainer.num_devices,
+        num_data_ranks=DataRanks.of(trainer, config.model.sequence_parallel).size,
+        num_steps=config.stage.steps,
+    )
+
+
 def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag) -> None:
     """Trains to the stage's last step; Stopped when a signal ended it earlier."""
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
+    if config.data.num_workers:
+        start_worker_server("train.run_stage")  # imports what takes seconds while the network is built
     train_clips, held_out = open_clips(config)
-    callbacks = build_callbacks(config, stop, held_out if len(held_out) else train_clips)
+    heartbeat = Heartbeat(run_dir, lost=partial(leave_at_once, HARDWARE))
+    callbacks = build_callbacks(config, stop, heartbeat, train_clips, held_out)
     trainer = build_trainer(config, callbacks)
     config = share_packs(config, trainer)
+    train_clips, plan = build_plan(config, train_clips)
     module = build_module(config, train_clips, is_new=resume_from is None)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
     if has_lora(module.dit):
         cast_base(module.dit, dtype)
     log_network(module.dit, trainer.strategy.root_device, dtype)
-    if resume_from:  # the loader begins there; the rest comes back when the strategy is set up
-        module.position = resume_from.state.position
     if rank_zero_only.rank == 0:
         write_settings(run_dir, asdict(config))
-    first_step = resume_from.state.step if resume_from else 0
-    trainer.fit(module, build_loader(config, module, train_clips, trainer, num_steps - first_step))
+    loader = build_loader(config, module, train_clips, plan, trainer)
+    with heartbeat.named(), hardware_faults():
+        trainer.fit(module, loader)
     if trainer.global_step < num_steps:
         [checkpoints] = (callback for callback in callbacks if isinstance(callback, RunCheckpoints))
         raise Stopped(
@@ -178,7 +219,7 @@ def build_trainer(config: RunStageConfig, callbacks: list[Callback]) -> L.Traine
             max_steps=config.stage.steps,
             max_epochs=1,  # one pass of the loader, which has as many batches as the stage has left
             callbacks=callbacks,
-            logger=build_logger(config),
+            logger=False,
             strategy=strategy,
             default_root_dir=config.run_dir,
             enable_checkpointing=False,
@@ -228,7 +269,10 @@ def share_packs(config: RunStageConfig, trainer: L.Trainer) -> RunStageConfig:
 
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
     """(to train on, held out): the clips with this stage's kind of caption, where an encoder takes it."""
-    clips = ClipIndex.open(*config.data.datasets).with_caption(config.stage.caption)
+    clips = ClipIndex.open(*config.data.datasets)
+    if World.of_this_process().local_rank == 0:  # on every node: one may have mounted something else
+        check_files(clips.files())
+    clips = clips.with_caption(config.stage.caption)
     kinds = CAPTION_KINDS if config.stage.other_caption_share else (config.stage.caption,)
     clips = leave_out_uncuttable(clips, kinds, load_token_counter(config.model.caption_encoder))
     train_clips, held_out = clips.split(config.data.holdout)
@@ -242,7 +286,8 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     """The network and its frozen parts; a new run also saves those parts and where its weights come from."""
     run_dir = Path(config.run_dir)
     is_read = not is_new or config.init_from or config.model.base_weights
-    dit = build_dit(config.model, config.seed, unfilled=bool(is_read))
+    is_first = rank_zero_only.rank == 0  # whose weights every strategy gives to the other ranks
+    dit = build_dit(config.model, config.seed, unfilled=bool(is_read) or not is_first)
     handed_over = base = None
     if config.model.lora.rank is not None:  # also when a run goes on: its checkpoints hold the LoRA alone
         log.info("%s", load_base_weights(dit, config.model.base_weights))
@@ -250,18 +295,21 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         if not is_new:
             check_base(base, read_provenance(run_dir)["base"], run_dir)
         add_lora(dit, config.model.lora, seed=config.seed)
-    elif is_new and config.model.base_weights and not config.init_from:
+    elif is_first and is_new and config.model.base_weights and not config.init_from:
         log.info("%s", load_base_weights(dit, config.model.base_weights))
     if is_new and config.init_from:
         handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset, base)
-        load_trained_weights(dit, handed_over.weights)
+        if is_first:
+            load_trained_weights(dit, handed_over.weights)
     if is_new and not handed_over and config.model.codec == FITTED_CODEC:
         codec = fit_codec(config.model, clips, config.seed)
     else:
         codec = open_codec(config.model, handed_over.codec if handed_over else run_dir / CODEC)
     caption_encoder = open_caption_encoder(config.model)
     check_parts(dit, codec, caption_encoder)
-    if is_new and rank_zero_only.rank == 0:
+    if codec.spatial_stride != (expected := spatial_stride(config.model)):
+        raise ValueError(f"model.codec has latents of {codec.spatial_stride} pixels, expected {expected}")
+    if is_new and is_first:
         save_own_parts(config.model, run_dir, codec, caption_encoder)
         write_provenance(
             run_dir,
@@ -292,52 +340,73 @@ def log_network(dit: StoryDiT, device: torch.device, dtype: torch.dtype) -> None
     log.info("%.2f M of %.2f M parameters are trained; attention: %s", trained / 1e6, total / 1e6, kernel)
 
 
-def build_callbacks(config: RunStageConfig, stop: StopFlag, sample_clips: ClipIndex) -> list[Callback]:
+def build_callbacks(
+    config: RunStageConfig, stop: StopFlag, heartbeat: Heartbeat, train_clips: ClipIndex, held_out: ClipIndex
+) -> list[Callback]:
+    """In the order of a step's end: what is added to its line in metrics.jsonl, the line, a checkpoint."""
     run_dir = Path(config.run_dir)
-    metrics = MetricsLog(run_dir, config.log_every_n_steps)
-    callbacks = [metrics]
+    metrics = MetricsLog(
+        run_dir,
+        config.log_every_n_steps,
+        heartbeat=heartbeat,
+        dashboard=config.logger,
+        settings=asdict(config),
+        peak_tflops=config.peak_tflops,
+    )
+    callbacks = [heartbeat]
+    if config.held_out.every_n_steps and len(held_out):
+        callbacks.append(HeldOutLoss(config.held_out, held_out, metrics))
     if config.samples.every_n_steps:
-        stories = read_sample_stories(sample_clips, config.samples.num_stories)
+        stories = read_sample_stories(held_out if len(held_out) else train_clips, config.samples.num_stories)
         callbacks.append(StorySamples(run_dir, config.samples, stories, metrics))
     if config.data.log_keys:
         callbacks.append(KeysLog(run_dir))
-    callbacks.append(RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset))
+    callbacks += [metrics, RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset)]
     if config.trainer.get("enable_progress_bar", True):
         callbacks.append(StageProgress(config.stage.name, metrics))
     return callbacks
 
 
-def build_loader(
-    config: RunStageConfig, module: StoryModule, clips: ClipIndex, trainer: L.Trainer, num_steps: int
-) -> PlannedLoader:
-    """This rank's packs from the module's position on, for num_steps steps."""
-    clips, plan = plan_clips(
+def build_plan(config: RunStageConfig, clips: ClipIndex) -> tuple[ClipIndex, DataPlan]:
+    """The plan, and the clips that its rows count."""
+    return plan_clips(
         clips,
         config.data,
         config.model.dit_config,
-        spatial_stride=module.codec.spatial_stride,
+        spatial_stride=spatial_stride(config.model),
         packs_per_batch=config.data.packs_per_batch,
         seed=config.seed,
         stage=config.stage.name,
     )
-    ranks = DataRanks.of(trainer, config.model.sequence_parallel)
-    packs = plan.packs(module.position, rank=ranks.rank, world_size=ranks.size)
-    num_packs = num_steps * trainer.accumulate_grad_batches
-    return PlannedLoader(PlannedClips(clips), packs, num_packs, num_workers=config.data.num_workers)
 
 
-def build_logger(config: RunStageConfig) -> Logger | bool:
-    run_dir = Path(config.run_dir)
-    if config.logger == "tensorboard":
-        return TensorBoardLogger(run_dir, name="", version="tensorboard", default_hp_metric=False)
-    if config.logger == "wandb":
-        # an id that the same run folder always gets, so that a resumed run continues its curves
-        run_id = f"{stable_hash('wandb', run_dir.resolve()):x}"
-        offline = not os.environ.get("WANDB_API_KEY")
-        return WandbLogger(
-            name=run_dir.name, id=run_id, save_dir=run_dir, project="storyanchors", offline=offline
-        )
-    return False
+def build_loader(
+    config: RunStageConfig,
+    module: StoryModule,
+    clips: ClipIndex,
+    plan: DataPlan,
+    trainer: L.Trainer,
+) -> PlannedLoader:
+    """This rank's packs from where a checkpoint leaves the module, for the steps that are left then."""
+    data, ranks = config.data, DataRanks.of(trainer, config.model.sequence_parallel)
+    pixels_per_token = module.codec.spatial_stride * module.dit.config.patch_size[-1]
+    tokens_per_pack = plan.tokens.mean() * data.clips_per_batch / data.packs_per_batch
+    prefetch = prefetch_per_worker(
+        data.look_ahead * trainer.accumulate_grad_batches,
+        tokens_per_pack * 3 * pixels_per_token**2,
+        num_workers=data.num_workers,
+        prefetch_mb=data.prefetch_mb,
+        ranks_per_node=trainer.num_devices,
+    )
+    return PlannedLoader(
+        PlannedClips(clips, plan.tokens),
+        partial(plan.packs, rank=ranks.rank, world_size=ranks.size),
+        position=lambda: module.position,
+        num_packs=lambda: (config.stage.steps - trainer.global_step) * trainer.accumulate_grad_batches,
+        quarantine=Quarantine(Path(config.run_dir, "quarantine"), trainer.global_rank, data.max_broken_share),
+        num_workers=data.num_workers,
+        prefetch=prefetch,
+    )
 
 
 if __name__ == "__main__":

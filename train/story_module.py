@@ -12,14 +12,16 @@ from torch import Tensor
 from conf.command import Unhealthy
 from storyanchors.caption_cache import embedding_to
 from storyanchors.caption_encoder import fit_caption
+from storyanchors.clip import levels_to_pixels
 from storyanchors.conditioning import stack_condition_channels
 from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flops import ClipSize
 from storyanchors.flow import add_noise, flow_losses, velocity
+from train.clip_reader import LoadedClip
 from train.data_ranks import sequence_group
 from train.ema import Ema, EmaConfig
-from train.loader import ClipBatch, LoadedClip
+from train.loader import ClipBatch
 from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
 from train.parts import CaptionEncoder, Codec
 from train.stage import ClipDraw, StageConfig, draw_clip, draw_noise
@@ -103,7 +105,7 @@ class StoryModule(L.LightningModule):
         sigmas = torch.stack([draw.sigma for draw in draws]).to(self.device)  # (B,)
         cond_masks = [draw.cond_mask.to(self.device) for draw in draws]  # B x (F,)
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            frames = [clip.frames.to(self.device) for clip in batch.clips]
+            frames = [levels_to_pixels(clip.frames.to(self.device)) for clip in batch.clips]
             latents = [self.codec.encode(clip).float() for clip in frames]  # B x (F, C, H, W)
             captions = [  # B x (L, text_dim)
                 self.embed(clip.key, draw.caption) for clip, draw in zip(batch.clips, draws, strict=True)

@@ -1,22 +1,31 @@
 """Sample stories during training: held-out stories drawn with the averaged weights, as contact sheets."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
+from torch import distributed
 
-from storyanchors.clip import CaptionRecord
+from storyanchors.clip import CaptionRecord, frames_to_levels, levels_to_pixels, tensor_to_frames
 from storyanchors.conditioning import ClipConditions
-from storyanchors.contact_sheet import draw_contact_sheet
+from storyanchors.contact_sheet import PAPER, draw_contact_sheet
 from storyanchors.generator import StoryGenerator
+from storyanchors.sequence_parallel import whole_sequences
 from train.callbacks import MetricsLog
 from train.clip_index import ClipIndex
-from train.loader import ClipBatch, ClipReader
+from train.clip_reader import BrokenSample, ClipReader
+from train.loader import ClipBatch
 from train.story_module import StoryModule
+
+log = logging.getLogger(__name__)
+
+Given = dict[int, Image.Image]  # frames to continue from, by their number from 1
 
 
 @dataclass
@@ -30,11 +39,11 @@ class SamplesConfig:
 
 @dataclass(frozen=True)
 class SampleStory:
-    """A labelled clip to draw again, and its first frame to continue from."""
+    """A labelled clip to draw again."""
 
     caption: CaptionRecord
     conditions: ClipConditions
-    first_frame: Image.Image
+    frames: list[Image.Image]  # as they are; the first one is there to continue from
 
 
 def read_sample_stories(index: ClipIndex, num_stories: int) -> list[SampleStory]:
@@ -44,17 +53,23 @@ def read_sample_stories(index: ClipIndex, num_stories: int) -> list[SampleStory]
         row = index.row(number)
         size = (row.conditions.height, row.conditions.width)
         first_size = (stories[0].conditions.height, stories[0].conditions.width) if stories else size
-        if size == first_size and (caption := reader.caption(row)).story is not None:
-            stories.append(SampleStory(caption, row.conditions, reader.frames(row)[0]))
+        if size != first_size:
+            continue
+        try:
+            if (caption := reader.caption(row)).story is not None:
+                stories.append(SampleStory(caption, row.conditions, reader.frames(row)))
+        except BrokenSample as error:
+            log.warning("no sample of a broken clip: %s", error)
         if len(stories) == num_stories:
             break
     return stories
 
 
 class StorySamples(Callback):
-    """samples/step_*.png and, on request, the story world's metrics as numbers in metrics.jsonl.
+    """samples/truth.png, samples/step_*.png and, on request, the story world's metrics in metrics.jsonl.
 
-    From the prompt alone and, in a stage that trains given frames, continued from the first frame.
+    From the prompt alone and, in a stage that trains given frames, continued from the first frame. Each story
+    has its own seed and is drawn alone, by one of the ranks: the same pictures on any number of them.
     """
 
     def __init__(
@@ -72,6 +87,8 @@ class StorySamples(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: StoryModule) -> None:
         self.last_step = trainer.global_step
+        if trainer.is_global_zero:
+            self._save("truth", [story.frames for story in self.stories], [{} for _ in self.stories])
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: StoryModule, outputs: Any, batch: ClipBatch, batch_idx: int
@@ -80,14 +97,20 @@ class StorySamples(Callback):
         if step == self.last_step:
             return
         self.last_step = step
-        if trainer.is_global_zero and (step % self.config.every_n_steps == 0 or step == trainer.max_steps):
-            with module.ema.swapped_in(), trainer.precision_plugin.forward_context():
-                numbers = dict(self.draw(trainer, module))
-            if numbers:
-                self.metrics.write(trainer, numbers)
+        if step % self.config.every_n_steps == 0 or step == trainer.max_steps:
+            with self.metrics.aside("samples", step):
+                for name, given in self._tasks(module):
+                    with module.ema.swapped_in(), whole_sequences(module.dit):
+                        own = self._draw(trainer, module, given)
+                    drawn = self._collect(own, trainer)
+                    if trainer.is_global_zero:
+                        self._publish(name, step, drawn, given)
 
-    def draw(self, trainer: L.Trainer, module: StoryModule) -> Iterator[tuple[str, float]]:
-        """Writes this step's sheets; yields the metrics asked for."""
+    def _draw(
+        self, trainer: L.Trainer, module: StoryModule, given: list[Given]
+    ) -> dict[int, list[Image.Image]]:
+        """This rank's stories by number. Under ZeRO-3 a forward is a collective, so all ranks draw equally
+        many; what a rank draws beyond its share does not count."""
         conditions = self.stories[0].conditions
         generator = StoryGenerator(
             module.dit,
@@ -98,37 +121,65 @@ class StorySamples(Callback):
             guidance_scale=self.config.guidance_scale,
             shift=module.sigma_shift,
         )
-        for name, given in self._tasks(module):
-            frames = generator.generate_many(
-                [story.caption.story for story in self.stories],
-                given=given,
-                conditions=[story.conditions for story in self.stories],
-                captions=[self._caption(story, module.stage.caption) for story in self.stories],
-                progress=False,
-            )
-            sheets = [
-                draw_contact_sheet(pictures, story.caption.story, given=set(numbers))
-                for pictures, story, numbers in zip(frames, self.stories, given, strict=True)
-            ]
-            self.folder.mkdir(parents=True, exist_ok=True)
-            page = _stack(sheets)
-            page.save(self.folder / f"step_{trainer.global_step:08d}_{name}.png")
-            self.metrics.show(trainer, f"sample/{name}", page)
-            if self.config.score_story_world:
-                for metric, value in self._score(frames, given).items():
-                    yield f"sample/{name}/{metric}", value
+        own = list(range(trainer.global_rank, len(self.stories), trainer.world_size))
+        num_rounds = -(-len(self.stories) // trainer.world_size)
+        drawn = {}
+        for number in own + [0] * (num_rounds - len(own)):
+            story = self.stories[number]
+            with trainer.precision_plugin.forward_context():
+                drawn[number] = generator.generate(
+                    story.caption.story,
+                    given=given[number],
+                    conditions=story.conditions,
+                    caption=self._caption(story, module.stage.caption),
+                    seed=number,
+                    progress=False,
+                )
+        return {number: drawn[number] for number in own}
 
-    def _tasks(self, module: StoryModule) -> Iterator[tuple[str, list[dict[int, Image.Image]]]]:
+    def _collect(self, own: dict[int, list[Image.Image]], trainer: L.Trainer) -> list[list[Image.Image]]:
+        """All stories' frames on the first rank, which has them sent one after the other."""
+        drawn = []
+        for number, story in enumerate(self.stories):
+            source = number % trainer.world_size
+            if trainer.world_size == 1:
+                drawn.append(own[number])
+                continue
+            shape = (story.conditions.num_frames, 3, story.conditions.height, story.conditions.width)
+            levels = torch.empty(shape, dtype=torch.uint8, device=trainer.strategy.root_device)
+            if number in own:
+                levels.copy_(frames_to_levels(own[number]))
+            distributed.broadcast(levels, source)
+            drawn.append(tensor_to_frames(levels_to_pixels(levels)))
+        return drawn
+
+    def _save(self, name: str, frames: list[list[Image.Image]], given: list[Given]) -> list[Image.Image]:
+        """Writes a page for people and returns its stories: events below the frames, given ones marked."""
+        sheets = [
+            draw_contact_sheet(pictures, story.caption.story, given=set(numbers))
+            for pictures, story, numbers in zip(frames, self.stories, given, strict=True)
+        ]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _stack(sheets).save(self.folder / f"{name}.png")
+        return sheets
+
+    def _publish(self, name: str, step: int, drawn: list[list[Image.Image]], given: list[Given]) -> None:
+        sheets = self._save(f"step_{step:08d}_{name}", drawn, given)
+        texts = [story.caption.story.prompt() for story in self.stories]
+        self.metrics.show(f"sample/{name}", sheets, texts)
+        if self.config.score_story_world:
+            scores = self._score(drawn, given)
+            self.metrics.add({f"sample/{name}/{metric}": value for metric, value in scores.items()})
+
+    def _tasks(self, module: StoryModule) -> Iterator[tuple[str, list[Given]]]:
         yield "prompt", [{} for _ in self.stories]
         if module.stage.gives_frames:
-            yield "continue", [{1: story.first_frame} for story in self.stories]
+            yield "continue", [{1: story.frames[0]} for story in self.stories]
 
     def _caption(self, story: SampleStory, kind: str) -> str:
         return story.caption.global_caption if kind == "global" else story.caption.story.prompt()
 
-    def _score(
-        self, frames: list[list[Image.Image]], given: list[dict[int, Image.Image]]
-    ) -> dict[str, float]:
+    def _score(self, frames: list[list[Image.Image]], given: list[Given]) -> dict[str, float]:
         from storyanchors.story_world import from_story, score_stories  # only for runs on the story world
 
         stories = [from_story(story.caption.story) for story in self.stories]
@@ -137,7 +188,7 @@ class StorySamples(Callback):
 
 def _stack(sheets: list[Image.Image]) -> Image.Image:
     page = Image.new(
-        "RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), "white"
+        "RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER
     )
     top = 0
     for sheet in sheets:

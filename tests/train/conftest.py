@@ -13,8 +13,8 @@ from train.run_stage import RunStageConfig, main
 SMALL = [
     "model.num_layers=1", "model.num_attention_heads=2", "model.attention_head_dim=16", "model.ffn_dim=64",
     "model.pca_frames=64", "data.clips_per_batch=2", "data.num_workers=0", "data.holdout=0.2",
-    "samples.every_n_steps=0", "log_every_n_steps=1", "stage.steps=3", "optimizer.warmup_steps=1",
-    "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
+    "samples.every_n_steps=0", "held_out.every_n_steps=0", "log_every_n_steps=1", "stage.steps=3",
+    "optimizer.warmup_steps=1", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
 ]  # fmt: skip
 
 

@@ -10,8 +10,8 @@ from storyanchors.caption_encoder import WordEncoder
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.story import Event, Story
 from train.clip_index import ClipIndex
+from train.clip_reader import ClipReader
 from train.ema import EmaConfig
-from train.loader import ClipReader
 from train.optimizer import OptimizerConfig
 from train.stage import StageConfig
 from train.story_module import NonFiniteGradients, StoryModule
