@@ -181,7 +181,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     if config.data.num_workers:
         start_worker_server("train.run_stage")  # imports what takes seconds while the network is built
     train_clips, held_out = open_clips(config)
-    heartbeat = Heartbeat(run_dir, lost=partial(leave_at_once, HARDWARE))
+    heartbeat = Heartbeat(run_dir, lost=lambda line: leave_at_once(HARDWARE, f"hardware: {line}"))
     callbacks = build_callbacks(config, stop, heartbeat, train_clips, held_out)
     trainer = build_trainer(config, callbacks)
     config = share_packs(config, trainer)
