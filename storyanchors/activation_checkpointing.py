@@ -8,11 +8,14 @@ where even that would not fit; on a CPU auto is none.
 Legend: N tokens of all clips, D width.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 MODES = ("none", "selective", "full", "auto")
@@ -26,8 +29,10 @@ def run_block(block: Callable[..., Tensor], mode: str, *args) -> Tensor:
     """block(*args), keeping for the backward what the mode (none, selective or full) says."""
     if mode == "none" or not torch.is_grad_enabled():
         return block(*args)
-    settings = {"context_fn": _selective_contexts} if mode == "selective" else {}
-    return checkpoint(block, *args, use_reentrant=False, **settings)
+    if mode == "full":
+        return checkpoint(block, *args, use_reentrant=False)
+    contexts = _compiled_contexts if torch.compiler.is_compiling() else _eager_contexts
+    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
 
 def block_modes(mode: str, config, x_ND: Tensor, compute_dtype: torch.dtype, parameters) -> list[str]:
@@ -79,9 +84,40 @@ def _gradient_bytes(parameters: Iterable[nn.Parameter]) -> int:
     return sum(p.numel() * p.element_size() for p in absent)
 
 
+def _is_attention(op) -> bool:
+    return any(part in str(op) for part in ATTENTION_OPS)
+
+
 def _keep_attention(context, op, *args, **kwargs) -> CheckpointPolicy:
-    is_attention = any(part in str(op) for part in ATTENTION_OPS)
-    return CheckpointPolicy.MUST_SAVE if is_attention else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _is_attention(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-_selective_contexts = partial(create_selective_checkpoint_contexts, _keep_attention)
+_compiled_contexts = partial(create_selective_checkpoint_contexts, _keep_attention)  # what it understands
+
+
+class _Keep(TorchDispatchMode):
+    """In the forward: keeps what attention gives."""
+
+    def __init__(self, kept: deque):
+        super().__init__()
+        self.kept = kept
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        if _is_attention(op):
+            self.kept.append(tree_map_only(Tensor, Tensor.detach, out))
+        return out
+
+
+class _GiveBack(_Keep):
+    """When the block runs again: in place of attention, what it gave."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return self.kept.popleft() if _is_attention(op) else op(*args, **(kwargs or {}))
+
+
+def _eager_contexts() -> tuple[_Keep, _GiveBack]:
+    """torch's own contexts want every operator again in its place, but those that gather a sharded network's
+    weights (ZeRO-3) come when they are needed."""
+    kept: deque = deque()
+    return _Keep(kept), _GiveBack(kept)

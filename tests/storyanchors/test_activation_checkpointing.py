@@ -49,6 +49,22 @@ def test_what_the_backward_runs_again(mode, attention, linear):
     assert kernels.count("gelu") == linear * CONFIG.num_layers
 
 
+def test_selective_does_not_mind_operators_that_come_in_the_backward_alone():
+    """As ZeRO-3's hooks do, which gather a weight where it is missing."""
+    dit = StoryDiT(CONFIG)
+    dit.set_activation_checkpointing("selective")
+    calls = []
+
+    def gather(module, args):
+        calls.append(torch.cat([args[0], args[0]]) if calls else None)
+
+    dit.blocks[0].ffn.register_forward_pre_hook(gather)
+    inputs = torch.randn(CLIP.num_frames, CONFIG.in_channels, CLIP.height, CLIP.width)
+    caption = torch.randn(CLIP.caption_tokens, CONFIG.text_dim)
+    dit([inputs], torch.tensor([500.0]), None, [caption])[0].sum().backward()
+    assert len(calls) == 2 and calls[1] is not None
+
+
 @pytest.mark.parametrize(("ffn_dim", "heads"), [(512, 4), (256, 4), (512, 2)])
 def test_the_bytes_of_a_block_are_those_that_it_keeps(ffn_dim, heads):
     """The difference between three blocks and one, so that the ends of the network do not count."""
