@@ -24,8 +24,9 @@ def run_lock(run_dir: Path) -> Iterator[None]:
     The folder is made for it, and removed again where nothing else came into it. The lock is the process's
     own (POSIX): neither its children nor the workers of a killed job keep it.
     """
-    if run_dir.exists() and not run_dir.is_dir():
-        raise NotADirectoryError(f"run_dir {run_dir} is a file, expected a folder")
+    for folder in (run_dir, *run_dir.parents):
+        if folder.is_file():
+            raise NotADirectoryError(f"run_dir {run_dir}: {folder} is a file, expected a folder")
     is_new = not run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
