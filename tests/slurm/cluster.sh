@@ -24,6 +24,8 @@ AuthType=auth/munge
 CredType=cred/munge
 # a job that is put back waits cred_expire + 1 s, 121 s if this is not set
 AuthInfo=socket=$folder/munge/socket,cred_expire=5
+# a slow answer would have the order to end a job sent again after 60 s, when it has been started again
+MessageTimeout=100
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none

@@ -45,14 +45,14 @@ is_in_state() { [ "$(state "$1")" = "$2" ]; }
 
 stages() { # NAME -> the jobs' numbers in $jobs
     slurm/all_stages.sh "$folder/$1" -N 2 --ntasks-per-node=1 --cpus-per-task=1 -- \
-        experiment=story_world strategy=zero2 data.dataset="$folder/stories" stage.steps=12 \
+        experiment=story_world strategy=zero2 data.dataset="$folder/stories" stage.steps=9 \
         checkpoint.every_n_steps=4 log_every_n_steps=1 samples.every_n_steps=0 trainer.enable_progress_bar=false \
         >"$folder/submitted"
     while read -r line; do say "$line"; done <"$folder/submitted"
     mapfile -t jobs < <(sed -n 's/.*: job \([0-9]*\).*/\1/p' "$folder/submitted")
 }
 bits() { # of the last checkpoint of each stage
-    (cd "$folder/$1" && find . -path '*step_00000012/*.safetensors' -print0 | sort -z | xargs -0 sha256sum)
+    (cd "$folder/$1" && find . -path '*step_00000009/*.safetensors' -print0 | sort -z | xargs -0 sha256sum)
 }
 
 "$PYTHON" data_pipeline/write_story_world.py out="$folder/stories" num_stories=24 >/dev/null || exit 1
@@ -66,7 +66,7 @@ for job in "${jobs[@]}"; do expect "job $job" "$(state "$job"), $(restarts "$job
 
 say "2. disturbed"
 stages disturbed
-wait_until 300 "step 6 of stage 1" has_step "$folder/disturbed/1_global_caption" 6
+wait_until 300 "step 5 of stage 1" has_step "$folder/disturbed/1_global_caption" 5
 sbatch --partition=high --nodes=64 --exclusive --output=/dev/null --wrap 'sleep 3' >/dev/null
 say "job ${jobs[0]} is preempted by a job for all nodes"
 wait_until 300 "step 6 of stage 2" has_step "$folder/disturbed/2_multi_event" 6
