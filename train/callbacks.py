@@ -31,7 +31,7 @@ from train.story_module import StoryModule
 
 log = logging.getLogger(__name__)
 
-SPIKE_DEVIATIONS, SPIKE_FACTOR = 8, 3  # above the running mean of a clip's loss, in both measures
+SPIKE_DEVIATIONS, SPIKE_FACTOR = 5, 3  # above the running mean of a loss's logarithm, in both measures
 SPIKE_MEMORY = 0.998  # of the running mean, for each clip: some hundreds of them count
 
 
@@ -140,6 +140,7 @@ class MetricsLog(Callback):
             "train/data_wait_share": max(rank["wait_s"] for rank in ranks) / seconds,
             "train/peak_memory_gib": max(rank["memory_gib"] for rank in ranks),
             "train/skipped_steps": module.num_skipped,
+            "train/broken_clips": total["broken"],
         }
         if self.peak:
             numbers["train/mfu"] = total["flops"] / seconds / (len(ranks) * self.peak)
@@ -171,7 +172,7 @@ class _Window:
         self.start = time.perf_counter()
         self.clip_losses: list[Tensor] = []
         self.keys: list[str] = []
-        self.num_packs = self.tokens = self.flops = 0
+        self.num_packs = self.tokens = self.flops = self.broken = 0
         self.wait_s = 0.0
 
     def add(self, batch: ClipBatch, clip_losses: Tensor, tokens: int, flops: int) -> None:
@@ -181,6 +182,7 @@ class _Window:
         self.tokens += tokens
         self.flops += flops
         self.wait_s += batch.wait_s
+        self.broken += len(batch.broken)
 
     @property
     def seconds(self) -> float:
@@ -197,26 +199,31 @@ class _Window:
             "flops": self.flops,
             "wait_s": self.wait_s,
             "memory_gib": peak_memory_gib(self.device),
+            "broken": self.broken,
         }
 
 
 class LossSpikes:
-    """Clips whose loss is far above this rank's own running mean: broken data, or a run about to diverge."""
+    """Clips whose loss is far above this rank's own running mean: broken data, or a run about to diverge.
+
+    Noise levels scatter losses over a factor of ten or more, about evenly in their logarithms.
+    """
 
     def __init__(self):
         self.count, self.mean, self.square = 0, 0.0, 0.0
 
     def found(self, keys: list[str], losses: list[float]) -> Iterator[str]:
         for key, loss in zip(keys, losses, strict=True):
+            value = math.log(max(loss, 1e-12))  # of a NaN it is one
             deviation = math.sqrt(max(0.0, self.square - self.mean**2))
-            limit = max(self.mean + SPIKE_DEVIATIONS * deviation, SPIKE_FACTOR * self.mean)
-            if not math.isfinite(loss) or (self.count >= 100 and loss > limit):
-                yield f"clip {key} has {loss:.4g}, the running mean is {self.mean:.4g}"
+            limit = self.mean + max(SPIKE_DEVIATIONS * deviation, math.log(SPIKE_FACTOR))
+            if not math.isfinite(value) or (self.count >= 100 and value > limit):
+                yield f"clip {key} has {loss:.4g}, the running mean is {math.exp(self.mean):.4g}"
             else:  # a spike does not move what spikes are told by
                 self.count += 1
                 share = max(1 - SPIKE_MEMORY, 1 / self.count)
-                self.mean += share * (loss - self.mean)
-                self.square += share * (loss**2 - self.square)
+                self.mean += share * (value - self.mean)
+                self.square += share * (value**2 - self.square)
 
 
 class StageProgress(ProgressBar):
