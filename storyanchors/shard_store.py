@@ -73,6 +73,19 @@ def printable(path: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
+def check_setting(path: str) -> str:
+    """The path; ValueError for one that is not read, and for a URL with a secret in it.
+
+    Settings are copied to run folders and dashboards.
+    """
+    if scheme_of(path) and printable(path) != path:
+        raise ValueError(
+            f"{printable(path)} was given with a user, a query or a fragment; settings are copied to run "
+            "folders and dashboards: give the plain URL, and who may read it in ~/.netrc or AWS's variables"
+        )
+    return path
+
+
 def join(folder: str, *names: str) -> str:
     """A file below a folder; the query of a URL (a signature for all of the folder) stays at its end."""
     if not scheme_of(folder):
@@ -229,7 +242,11 @@ def _open_http() -> Any:
         skip_instance_cache=True,
         encoded=True,  # a URL is sent as it is written: a signature covers its very letters
         headers={"Accept-Encoding": "identity"},
-        client_kwargs={"timeout": ClientTimeout(total=None, sock_connect=20, sock_read=30)},
+        # with the proxies of the environment, and the passwords of ~/.netrc
+        client_kwargs={
+            "timeout": ClientTimeout(total=None, sock_connect=20, sock_read=30),
+            "trust_env": True,
+        },
     )
 
 

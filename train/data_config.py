@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+from storyanchors.shard_store import check_setting
 from train.clip_stream import Mix
 
 
@@ -41,6 +42,9 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} is {value}, expected at least 1")
+        for name in ("num_workers", "prefetch_mb"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, expected at least 0")
         for name in ("holdout", "max_broken_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected at least 0 and below 1")
@@ -57,7 +61,7 @@ class DataConfig:
         if (self.dataset is None) == (not self.mix):
             found = "neither is given" if self.dataset is None else "both are given"
             raise ValueError(f"expected data.dataset=FOLDER or data.mix=[{{dataset: FOLDER}}, ...]: {found}")
-        return [self.dataset] if self.dataset is not None else [share.dataset for share in self.mix]
+        return list(map(check_setting, [self.dataset] if self.dataset else [s.dataset for s in self.mix]))
 
     def mix_of(self, num_clips: tuple[int, ...]) -> Mix | None:
         """The mix of datasets with so many clips; None where every clip comes equally often."""

@@ -11,7 +11,15 @@ import time
 import pytest
 
 from storyanchors import shard_store
-from storyanchors.shard_store import ShardStore, TruncatedFile, join, local_copy, printable, scheme_of
+from storyanchors.shard_store import (
+    ShardStore,
+    TruncatedFile,
+    check_setting,
+    join,
+    local_copy,
+    printable,
+    scheme_of,
+)
 from tests.range_server import serve
 
 CONTENT = bytes(range(256)) * 64
@@ -184,6 +192,15 @@ def test_a_folders_query_stays_at_the_end_of_its_files():
     )
     assert printable(join(url, "c.tar")) == "https://host:1/a%20b/c.tar"
     assert join("/data/x", "frames", "c.tar") == "/data/x/frames/c.tar"
+
+
+@pytest.mark.parametrize("url", ["https://h/a?sig=s3cr3t", "https://me:s3cr3t@h/a", "http://h/a#s3cr3t"])
+def test_a_setting_with_a_secret_is_refused_without_showing_it(url):
+    with pytest.raises(ValueError, match="give the plain URL") as raised:
+        check_setting(url)
+    assert "s3cr3t" not in str(raised.value)
+    for plain in ("https://h/a", "s3://bucket/a", "/data/a b?c"):
+        assert check_setting(plain) == plain
 
 
 def test_a_remote_file_is_copied_once_and_again_when_it_changes(place, server, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from storyanchors.caption_encoder import WordEncoder
+from tests.range_server import serve
 from train.clip_index import ClipIndex
 from train.clip_reader import ClipReader
 from train.data_plan import DataPlan, PlannedClip, PlannedPack
@@ -119,6 +120,26 @@ def test_a_run_goes_on_where_one_clip_is_broken(train, dataset, copy, tmp_path):
     run_dir = train(tmp_path / "run", f"data.dataset={copy}", "stage=multi_event", "stage.steps=5")
     lines = (run_dir / "quarantine" / "rank_00000.jsonl").read_text().splitlines()
     assert {json.loads(line)["key"] for line in lines} == {key}
+
+
+def test_a_run_can_read_all_it_needs_from_a_server(train, dataset, tmp_path, monkeypatch):
+    """Its first three answers are errors that pass; its losses are those of a run that reads the disk."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    losses = []
+    with serve(dataset.parent) as server:
+        server.faults = ["503", "", "cut"]
+        for place in (dataset, f"{server.url}/{dataset.name}"):
+            run_dir = train(tmp_path / f"run{len(losses)}", f"data.dataset={place}", "stage=multi_event")
+            lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+            losses.append([line["train/loss"] for line in lines if "train/loss" in line])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+
+
+def test_a_setting_with_a_key_in_it_reaches_no_run_folder(train, tmp_path):
+    with pytest.raises(ValueError, match="give the plain URL"):
+        train(tmp_path / "run", "data.dataset='https://host/data?sig=s3cr3t'", "stage=multi_event")
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"s3cr3t" in content for content in written)
 
 
 def test_a_run_with_no_whole_clip_says_which_and_why(train, copy, tmp_path):
