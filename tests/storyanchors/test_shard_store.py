@@ -126,11 +126,11 @@ def test_access_denied_is_no_passing_fault(place, store, server):
 def test_a_slow_server_has_its_time_and_no_more(place, server):
     if place.startswith("/"):
         pytest.skip("a server's fault")
-    server.faults, server.slow_s = ["slow"], 5.0
+    server.faults, server.slow_s = ["slow"], 30.0
     store = ShardStore(num_attempts=2, backoff_s=0.01, timeout_s=1.0)
     start = time.perf_counter()
     assert store.read(join(place, "a.tar"), 10, 100) == CONTENT[10:110]
-    assert 0.9 < time.perf_counter() - start < 4.5
+    assert 0.9 < time.perf_counter() - start < 25
 
 
 def test_retry_after_is_obeyed_within_bounds(server, store, monkeypatch):
