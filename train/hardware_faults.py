@@ -1,6 +1,7 @@
 """Tells a machine's fault from the user's, by what torch raises."""
 
 import errno
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,11 +37,11 @@ def hardware_faults() -> Iterator[None]:
             f"or model.activation_checkpointing=full ({_first_line(error)})"
         ) from error
     except (distributed.DistError, torch.AcceleratorError) as error:
-        raise HardwareFault(f"{_who()}: {_first_line(error)}") from error
+        raise HardwareFault(f"{_who()}{_where(error)}: {_first_line(error)}") from error
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST_PEER):
             raise
-        raise HardwareFault(f"{_who()} lost another rank: {_first_line(error)}") from error
+        raise HardwareFault(f"{_who()} lost another rank{_where(error)}: {_first_line(error)}") from error
     except OSError as error:
         if error.errno not in TRANSIENT:
             raise
@@ -53,6 +54,13 @@ def _who() -> str:
         return str(World.of_this_process())
     host = World.of_this_process().host
     return f"rank {distributed.get_rank()} of {distributed.get_world_size()} on {host}"
+
+
+def _where(error: Exception) -> str:
+    """The collective that failed; DDP's are called by the backward, which no Python frame shows."""
+    frames = traceback.extract_tb(error.__traceback__)
+    names = [f.name for f in frames if f.filename.endswith(("distributed_c10d.py", "autograd/graph.py"))]
+    return f" in {names[-1].replace('_engine_run_backward', 'the backward')}" if names else ""
 
 
 def _first_line(error: Exception) -> str:
