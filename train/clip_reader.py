@@ -58,25 +58,30 @@ class ClipReader:
 
     def frames(self, row: ClipRow) -> list[Image.Image]:
         """The clip's story frames, or BrokenSample."""
-        path = tar_path(row.dataset, row.shard, row.location)
-        start, content = self._read_clip(row, path)
         size = (row.conditions.width, row.conditions.height)
         decode = decode_jpeg if row.location is None else decode_image
         frames = []
-        ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
-        for number, (offset, num_bytes, crc32) in enumerate(ranges, start=1):
-            member = _member(row, number)
-            data = bytes(content[offset - start : offset - start + num_bytes])
-            if (found := zlib.crc32(data)) != crc32:
-                raise BrokenSample(path, member, f"crc32 is {found:08x}, the index expects {crc32:08x}")
+        for number, content in enumerate(self.contents(row), start=1):
             try:
-                frames.append(decode(data, size))
+                frames.append(decode(content, size))
             except ValueError as error:
-                raise BrokenSample(path, member, str(error)) from error
+                raise _broken_frame(row, number, str(error)) from error
         return frames
 
-    def _read_clip(self, row: ClipRow, path: str) -> tuple[int, memoryview]:
-        """All bytes from the clip's first frame to its last, and their offset in the tar."""
+    def contents(self, row: ClipRow) -> list[bytes]:
+        """The files of the clip's frames, with the checksums that the index knows, or BrokenSample."""
+        start, data = self._read_clip(row)
+        contents = []
+        ranges = zip(row.frame_offsets, row.frame_sizes, row.frame_crc32, strict=True)
+        for number, (offset, num_bytes, crc32) in enumerate(ranges, start=1):
+            contents.append(bytes(data[offset - start : offset - start + num_bytes]))
+            if (found := zlib.crc32(contents[-1])) != crc32:
+                raise _broken_frame(row, number, f"crc32 is {found:08x}, the index expects {crc32:08x}")
+        return contents
+
+    def _read_clip(self, row: ClipRow) -> tuple[int, memoryview]:
+        """The offset in the tar of the clip's first frame, and all bytes from there to its last one."""
+        path = tar_path(row.dataset, row.shard, row.location)
         start = min(row.frame_offsets)
         end = max(map(sum, zip(row.frame_offsets, row.frame_sizes, strict=True)))
         too_large = max(row.frame_sizes) > MAX_MEMBER_BYTES
@@ -144,8 +149,9 @@ def _problem(store: ShardStore, path: str) -> str:
         return f"cannot be read: {error}"
 
 
-def _member(row: ClipRow, number: int) -> str:
-    """How a message calls a frame; the names in tars made by others are not in the index."""
+def _broken_frame(row: ClipRow, number: int, reason: str) -> BrokenSample:
     if row.location is None:
-        return f"member {row.key}.{frame_member(number)}"
-    return f"frame {number} of clip {row.key} at byte {row.frame_offsets[number - 1]}"
+        member = f"member {row.key}.{frame_member(number)}"
+    else:  # names in tars made by others are not in the index
+        member = f"frame {number} of clip {row.key} at byte {row.frame_offsets[number - 1]}"
+    return BrokenSample(tar_path(row.dataset, row.shard, row.location), member, reason)
