@@ -42,9 +42,9 @@ def report(audit: Audit) -> None:
         )
     print(f"steps trained again from a checkpoint: {audit.replayed}")
     print(f"lines of keys, losses and gradient norms compared with the undisturbed run: {audit.compared}")
-    seconds = sorted(kill.survivor_s for kill in audit.kills)
+    seconds = [kill.survivor_s for kill in audit.kills if kill.survivor_s] or [0.0]
     print(
-        f"until no process was left: median {statistics.median(seconds):.1f} s, at most {seconds[-1]:.1f} s"
+        f"a survivor left alone ends after {statistics.median(seconds):.1f} s, {max(seconds):.1f} s at most"
     )
     print(f"seconds per kill, restarts included: {audit.seconds / len(audit.kills):.1f}")
     print(f"faults: {len(audit.faults)}")

@@ -37,6 +37,7 @@ class Written:
 
     files: dict[str, WrittenFile]
     error: str | None = None
+    errno: int | None = None  # of the error
 
 
 class CheckpointWriter:
@@ -151,7 +152,7 @@ def _write(folder: Path, files: dict[str, list[TensorRange]], texts: dict[str, s
         reason = (
             f"could not write {path}: {error.strerror or error}; this process's part needs {needed} bytes"
         )
-        return Written({}, reason + at_hand)
+        return Written({}, reason + at_hand, error.errno)
 
 
 def _write_text(path: Path, text: str) -> WrittenFile:

@@ -11,9 +11,11 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor
 
+from conf.command import HardwareFault
 from train.agree import from_first, gather, largest, num_ranks
-from train.checkpoint_writer import CheckpointWriter, describe_state
+from train.checkpoint_writer import CheckpointWriter, Written, describe_state
 from train.checkpoints import CheckpointConfig, TrainingState, expected_step, remove_leftovers
+from train.hardware_faults import TRANSIENT
 from train.loader import ClipBatch
 from train.restore import choose_checkpoint, read_rng_state, restore, rng_state, seed_rng, set_rng_state
 from train.run_folder import plain_config
@@ -163,20 +165,24 @@ class RunCheckpoints(Callback):
         return files
 
     def finish_save(self) -> None:
-        """Waits for the files of all ranks; the first rank commits. OSError on all ranks if that failed."""
+        """Waits for the files of all ranks; the first rank commits them.
+
+        OSError on all ranks where one could not write; HardwareFault where that may pass by itself.
+        """
         written = gather(self.writer.wait())
-        error = next((other.error for other in written if other.error), None)
-        if self.is_first and error is None:
+        failed = next((other for other in written if other.error), None)
+        if self.is_first and failed is None:
             try:
                 files = {name: file for other in written for name, file in other.files.items()}
                 log.info("wrote %s", self.writer.commit(files, self.config).folder)
-            except OSError as failed:
-                error = f"could not commit {self.writer.temporary}: {failed}"
-        error = from_first(error)
-        if error is not None:
+            except OSError as error:
+                failed = Written({}, f"could not commit {self.writer.temporary}: {error}", error.errno)
+        failed = from_first(failed)
+        if failed is not None:
             if self.is_first:
                 self.writer.give_up()
-            raise OSError(f"{error}. The older checkpoints are whole; the same command goes on from them")
+            kind = HardwareFault if failed.errno in TRANSIENT else OSError
+            raise kind(f"{failed.error}. The older checkpoints are whole; the same command goes on from them")
         self.writer.release()
 
 

@@ -1,5 +1,6 @@
 """When a run saves, what it goes on from, and when it refuses to."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.command import Stopped
+from conf.command import HardwareFault, Stopped
 from train import checkpoint_writer, run_checkpoints
 from train.checkpoints import MANIFEST, newest_checkpoint
 
@@ -151,30 +152,40 @@ def test_a_signal_before_the_first_step_ends_the_run(train, tmp_path, monkeypatc
     assert newest_checkpoint(tmp_path / "run") is None
 
 
+def fail_at_step_2(monkeypatch, number: int, words: str) -> None:
+    write = checkpoint_writer.write_ranges
+
+    def write_ranges(path, ranges):
+        if "step_00000002" in str(path) and path.name.startswith("optimizer"):
+            path.write_bytes(b"half")
+            raise OSError(number, words)
+        return write(path, ranges)
+
+    monkeypatch.setattr(checkpoint_writer, "write_ranges", write_ranges)
+
+
 def test_a_full_disk_stops_the_run_and_leaves_the_older_checkpoints(
     train, three_steps, tmp_path, monkeypatch
 ):
-    write = checkpoint_writer.write_ranges
-
-    def full_at_step_2(path, ranges):
-        if "step_00000002" in str(path) and path.name.startswith("optimizer"):
-            path.write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return write(path, ranges)
-
-    monkeypatch.setattr(checkpoint_writer, "write_ranges", full_at_step_2)
     run_dir = tmp_path / "run"
-    with pytest.raises(
-        OSError, match=r"step_00000002.*optimizer.*No space left on device.*needs \d+ bytes, \d+"
-    ):
-        train(run_dir, *STAGE_3)
+    with monkeypatch.context() as patch:
+        fail_at_step_2(patch, errno.ENOSPC, "No space left on device")
+        told = r"step_00000002.*optimizer.*No space left on device.*needs \d+ bytes, \d+ bytes were free"
+        with pytest.raises(OSError, match=told):
+            train(run_dir, *STAGE_3)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "newest.json",
         "step_00000001",
     ]
-    monkeypatch.setattr(checkpoint_writer, "write_ranges", write)
     train(run_dir, *STAGE_3)
     assert bits(run_dir, 3) == bits(three_steps, 3)
+
+
+def test_a_file_system_that_fails_for_a_while_is_hardware_not_the_user(train, tmp_path, monkeypatch):
+    fail_at_step_2(monkeypatch, errno.EIO, "Input/output error")
+    with pytest.raises(HardwareFault, match="Input/output error"):
+        train(tmp_path / "run", *STAGE_3)
+    assert steps(tmp_path / "run") == [1]
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(train, three_steps, tmp_path, monkeypatch):
@@ -202,15 +213,12 @@ def test_training_goes_on_while_a_checkpoint_is_written(train, three_steps, tmp_
     assert bits(tmp_path / "run", 1) == bits(three_steps, 1)
 
 
-def test_a_second_job_on_the_run_is_refused(arguments, tmp_path):
-    run_dir = tmp_path / "run"
+def test_a_second_job_on_the_run_is_refused(train, tmp_path):
     then = "print(flush=True); sys.stdin.read()"
     hold = f"import pathlib, sys, train.run_lock as r\nwith r.run_lock(pathlib.Path(sys.argv[1])): {then}"
-    command = [sys.executable, "-c", hold, str(run_dir)]
+    command = [sys.executable, "-c", hold, str(tmp_path / "run")]
     first = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     first.stdout.readline()
-    command = [sys.executable, "train/run_stage.py", *arguments(run_dir, "stage=continuation")]
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    with pytest.raises(ValueError, match=f"is in use by process {first.pid} on"):
+        train(tmp_path / "run", "stage=continuation")
     first.communicate()
-    assert second.returncode == 1
-    assert f"error: {run_dir} is in use by process {first.pid}" in second.stderr
