@@ -91,6 +91,24 @@ def test_a_dataset_behind_a_url_gives_the_same_clips_in_two_requests_each(
         assert SECRET not in str(raised.value)
 
 
+def test_a_dataset_in_s3_gives_the_same_clips(dataset, reader, tmp_path, monkeypatch):
+    pytest.importorskip("s3fs")
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cr3t")
+    with serve(dataset.parent) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        there, here = ClipIndex.open(f"s3://{dataset.name}"), ClipIndex.open(dataset)
+        check_files(there.files())
+        server.requests.clear()
+        for number in range(len(here)):
+            one, other = reader.load(here.row(number), 0), reader.load(there.row(number), 0)
+            assert torch.equal(one.frames, other.frames) and one.captions == other.captions
+        assert len(server.requests) == 2 * len(here)
+        with pytest.raises(ValueError, match=r"1 of 1 files .* such as s3://.*000009\.tar"):
+            check_files([there.files()[1].replace("000000", "000009")])
+
+
 def test_a_changed_byte_of_a_frame_is_found_and_named(copy, reader):
     row = ClipIndex.open(copy).row(2)
     damage(copy / "frames" / "000000.tar", row.frame_offsets[1] + 40)
