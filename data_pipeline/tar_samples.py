@@ -22,6 +22,7 @@ VIDEOS = ("mp4", "m4v", "mov", "mkv", "webm")
 _NAME = re.compile(r"((?:.*/|)[^./]+)[.]([^/]*)")  # webdataset's
 _MAX_IMAGE_BYTES = 2**26
 _MAX_TEXT_BYTES = 2**20
+_MAX_CAPTION_BYTES = 2**19
 _MAX_GAP_BYTES = 2**24  # of other members among a clip's images, which are read in one piece
 
 
@@ -140,13 +141,16 @@ def _sample(
     text = _text(read_at, parts["txt"]).strip() if "txt" in parts else ""
     text = _as_text(facts, rules.caption_key) or text or (story.global_caption if story else "")
     source = _as_text(facts, rules.source_key) if rules.source_key else ""
+    caption = CaptionRecord(key, text, story)
+    if (num_bytes := len(caption.to_json().encode())) > _MAX_CAPTION_BYTES:
+        raise Refused(f"its captions have {num_bytes} bytes, at most {_MAX_CAPTION_BYTES} are kept")
     return Sample(
         name,
         key,
         source or sample_id,
         images=[parts[suffix] for suffix in sorted(images, key=_by_number)],
         video=parts[videos[0]] if videos else None,
-        caption=CaptionRecord(key, text, story),
+        caption=caption,
     )
 
 

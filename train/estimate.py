@@ -1,6 +1,6 @@
 """Prints what a run would need, before anything is launched: memory per GPU, steps, hours, storage.
 
-python -m train.estimate stage=multi_event model=wan-14b cluster=zero3 nodes=8 data.dataset=DATASET
+python train/estimate.py stage=multi_event model=wan-14b cluster=zero3 nodes=8 data.dataset=DATASET
 python -m train.estimate stage=multi_event model=wan-1.3b strategy=zero2 nodes=8 data.clips_per_batch=256
 python -m train.estimate ... gpu=h200 mfu=0.35 mix.clips=500000 mix.frames=[8,16] mix.sizes=[480x832,720x1280]
 

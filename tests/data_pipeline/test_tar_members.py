@@ -29,7 +29,7 @@ def test_members_lie_where_tarfile_finds_them(form):
     long = "folder/" * 12 + "frame.jpg" if form == tarfile.USTAR_FORMAT else "folder/" * 40 + "frame.jpg"
     names = ["a.jpg", long, "empty.txt", "b/c.json"]
     if form != tarfile.USTAR_FORMAT:
-        names.append("märchen/画.png")
+        names.append("m\u00e4rchen/\u753b.png")
     content = tar_of(*((name, name.encode() * (i * 300)) for i, name in enumerate(names)), form=form)
     found = walk(content)
     with tarfile.open(fileobj=io.BytesIO(content)) as tar:
