@@ -121,7 +121,7 @@ def newest_checkpoint(run_dir: Path, *kinds: str) -> Checkpoint | None:
 
 
 def find_fault(folder: Path) -> str | None:
-    """What is missing in a checkpoint folder or has another size, or None; no file is read as a whole."""
+    """What is missing in a checkpoint folder or has another size, or None; only its JSON files are read."""
     try:
         manifest = _read_manifest(folder)
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def find_fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes, {MANIFEST} expects {expected['bytes']}"
-    return None
+    return find_damage(folder, [name for name in manifest["files"] if name.endswith(".json")])
 
 
 def hashed_files(folder: Path, *kinds: str) -> list[str]:

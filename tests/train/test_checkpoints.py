@@ -96,10 +96,14 @@ def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, caplog, damage,
     assert str(damaged) in caplog.text and named in caplog.text
 
 
-def test_a_size_is_seen_at_once_and_a_bit_by_its_hash(tmp_path):
-    cut, flipped = write(tmp_path, 1).folder, write(tmp_path, 2).folder
-    cut_off(cut), flipped_bit(flipped)
-    assert MODEL in find_fault(cut) and find_fault(flipped) is None
+def other_step(folder):
+    (folder / "state.json").write_text((folder / "state.json").read_text().replace("step", "stop"))
+
+
+def test_a_size_and_the_numbers_are_seen_at_once_and_a_bit_of_weights_by_its_hash(tmp_path):
+    cut, flipped, other = (write(tmp_path, step).folder for step in (1, 2, 3))
+    cut_off(cut), flipped_bit(flipped), other_step(other)
+    assert MODEL in find_fault(cut) and find_fault(flipped) is None and "state.json" in find_fault(other)
     assert MODEL in find_damage(flipped, hashed_files(flipped))
 
 
