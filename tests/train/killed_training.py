@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 STEPS, CLIPS_PER_BATCH = 40, 4  # of each stage; with 20 clips these are 8 whole epochs in 10 whole windows
 SETTINGS = [
     "model.num_layers=1", "model.num_attention_heads=2", "model.attention_head_dim=16", "model.ffn_dim=64",
-    "model.pca_frames=32", f"data.clips_per_batch={CLIPS_PER_BATCH}", "data.num_workers=1",
+    "model.pca_frames=32", f"data.clips_per_batch={CLIPS_PER_BATCH}", "data.num_workers=0",
     "data.holdout=0.0", "data.log_keys=true", "samples.every_n_steps=0", "log_every_n_steps=1",
     f"stage.steps={STEPS}", "optimizer.warmup_steps=5", "checkpoint.every_n_steps=5", "strategy=zero2",
     "trainer.accelerator=cpu", "trainer.devices=2", "trainer.enable_progress_bar=false",
@@ -287,7 +287,7 @@ def _ranks(leader: int) -> dict[int, int]:
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if command[1:2] == [b"train/run_stage.py"]:
+        if command[1:2] and command[1].endswith(b"train/run_stage.py"):
             ranks.setdefault(int(b"LOCAL_RANK=1" in variables), pid)  # a fork of it has a higher number
     return ranks
 
