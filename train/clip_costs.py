@@ -17,16 +17,16 @@ CAPTION_TOKENS = 512  # Wan pads to this; shorter captions make a clip of 9,360 
 
 def clip_flops(index: ClipIndex, config: StoryDiTConfig, spatial_stride: int) -> np.ndarray:
     """FLOPs (N,) of a forward over each clip alone; spatial_stride: pixels of a latent on a side."""
-    sizes = np.stack(
-        [
-            index.numbers("num_frames"),
-            index.numbers("height") // spatial_stride,
-            index.numbers("width") // spatial_stride,
-        ]
-    )
-    kinds, kind_of_clip = np.unique(sizes, axis=1, return_inverse=True)
-    flops = [model_flops(config, [ClipSize(*size, CAPTION_TOKENS)]) for size in kinds.T.tolist()]
-    return np.array(flops, dtype=np.float64)[kind_of_clip.ravel()]
+    frames = index.numbers("num_frames")
+    height, width = (index.numbers(name) // spatial_stride for name in ("height", "width"))
+    sizes = (frames << 40) + (height << 20) + width  # one number sorts faster than three
+    kinds, kind_of_clip = np.unique(sizes, return_inverse=True)
+    low = (1 << 20) - 1
+    flops = [
+        model_flops(config, [ClipSize(kind >> 40, kind >> 20 & low, kind & low, CAPTION_TOKENS)])
+        for kind in kinds.tolist()
+    ]
+    return np.array(flops, dtype=np.float64)[kind_of_clip]
 
 
 def plan_clips(

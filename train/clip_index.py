@@ -181,10 +181,10 @@ class ClipIndex:
 
     def common_frame_size(self) -> tuple[int, int]:
         """(height, width) of most clips, in pixels; the largest of several that are as frequent."""
-        sizes = np.stack([self.numbers("height"), self.numbers("width")])
-        kinds, counts = np.unique(sizes, axis=1, return_counts=True)
-        height, width = kinds[:, np.flatnonzero(counts == counts.max())[-1]].tolist()
-        return height, width
+        sizes = (self.numbers("height") << 32) + self.numbers("width")  # one number sorts faster than two
+        kinds, counts = np.unique(sizes, return_counts=True)
+        most = int(kinds[np.flatnonzero(counts == counts.max())[-1]])
+        return most >> 32, most & 0xFFFFFFFF
 
     def row(self, number: int) -> ClipRow:
         dataset = int(np.searchsorted(self.ends, number, side="right"))
