@@ -35,6 +35,8 @@ class StageConfig:
             raise ValueError(f"stage.caption is {self.caption!r}, expected {' or '.join(CAPTION_KINDS)}")
         if self.steps != MISSING and self.steps < 1:
             raise ValueError(f"stage.steps is {self.steps}, expected at least 1")
+        if not 0 <= self.lr_scale < float("inf"):  # also for NaN
+            raise ValueError(f"stage.lr_scale is {self.lr_scale}, expected a number of at least 0")
         for name in ("other_caption_share", "caption_dropout", "conditions_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"stage.{name} is {getattr(self, name)}, expected a share between 0 and 1")
