@@ -20,7 +20,7 @@ export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_FR_DUMP_TEMP_FILE="${TORCH_FR_DUMP_TEMP_FILE:-$start_folder/nccl_calls_}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # Frame counts differ from batch to batch; fixed segments would leave gaps that nothing fits in.
-export PYTORCH_CUDA_ALLOC_CONF="${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}"
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 # Compiled kernels go to the node's own disk: a lock that a killed build leaves in a shared home stops every later
 # run, and 512 processes that write there at once stop the file system.
