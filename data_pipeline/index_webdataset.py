@@ -109,16 +109,17 @@ def find_tars(where: str) -> dict[str, str]:
     """Location (absolute path or URL) of every tar by its id, which keys are made from; in a fixed order."""
     path = Path(where)
     if scheme_of(where):
-        found = {printable(where): where}
+        found = {where: where}
     elif path.is_dir():
-        found = {tar.relative_to(path).as_posix(): str(tar.absolute()) for tar in path.rglob("*.tar")}
+        found = {
+            tar.relative_to(path).as_posix(): str(tar.absolute())
+            for tar in path.rglob("*.tar")
+            if tar.is_file()
+        }
     elif path.suffix == ".txt" and path.is_file():
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
         names = [line for line in lines if line and not line.startswith("#")]
-        found = {
-            printable(name): name if scheme_of(name) else str((path.parent / name).absolute())
-            for name in names
-        }
+        found = {name: name if scheme_of(name) else str((path.parent / name).absolute()) for name in names}
         if len(found) < len(names):
             raise ValueError(f"{where} lists a tar more than once")
     elif path.is_file():
@@ -127,6 +128,9 @@ def find_tars(where: str) -> dict[str, str]:
         raise ValueError(f"tars={where}: no such folder, .txt list or tar")
     if not found:
         raise ValueError(f"found no .tar in {where}")
+    for location in found.values():
+        if printable(location) != location:
+            raise ValueError(f"{printable(location)} has a user or a query: the index would show it to all")
     return dict(sorted(found.items()))
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from conf.command import Stopped
 from data_pipeline.index_webdataset import IndexWebdatasetConfig, find_tars, index_webdataset
+from tests.range_server import serve
 
 STORY = {"events": [{"frames": [1, 3], "description": "A fox runs."}], "subjects": ["a fox"], "style": "ink"}
 
@@ -202,6 +203,17 @@ def test_stopped_and_started_again_gives_the_same_files(tmp_path, tree, film):
             num_stops += 1
     assert num_stops > 1
     assert tree(outs["stopped"]) == tree(outs["whole"])
+
+
+def test_tars_behind_a_url_are_indexed_without_a_copy(tmp_path, index, refused):
+    write_tar(tmp_path / "far/a.tar", {"0": {**images("JPEG", "jpg", 3), "txt": "A fox."}})
+    with serve(tmp_path / "far") as server:
+        (tmp_path / "list.txt").write_text(f"{server.url}/a.tar\n")
+        [row], rejected = index(tmp_path / "list.txt")
+        assert row["location"] == f"{server.url}/a.tar" and row["num_frames"] == 3 and rejected == []
+        (tmp_path / "list.txt").write_text(f"{server.url}/a.tar?signature=secret\n")
+        error = refused("index_webdataset", f"tars={tmp_path / 'list.txt'}", f"out={tmp_path / 'other'}")
+        assert "query" in error and "secret" not in error
 
 
 def test_other_tars_than_at_the_beginning_are_refused(tmp_path, index, refused):
