@@ -75,9 +75,8 @@ def examine(config: RunStageConfig, world: World) -> Finding:
     try:
         finding.device = try_gpu(config.trainer.get("accelerator", "auto"), world)
         if world.local_rank == 0:
-            for dataset in [config.data.dataset, *(share.dataset for share in config.data.mix)]:
-                if dataset:
-                    ShardStore().size(join(dataset, "index.parquet"))
+            for dataset in config.data.datasets:
+                ShardStore().size(join(dataset, "index.parquet"))
             leave_probe(Path(config.run_dir), world)
     except (ValueError, OSError, HardwareFault) as error:
         finding.problem, finding.is_hardware = str(error), isinstance(error, HardwareFault)
