@@ -6,7 +6,6 @@ Nothing is opened before the first read, and every process opens its own: fsspec
 connections of its asynchronous file systems do not survive a fork.
 """
 
-import errno
 import fcntl
 import hashlib
 import logging
@@ -21,6 +20,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from storyanchors.remote_files import PASSING_ERRNOS, OutOfRange, Passing, open_http, open_s3, translated
+
 log = logging.getLogger(__name__)
 
 REMOTE = ("https", "http", "s3")
@@ -30,26 +31,11 @@ NUM_ATTEMPTS = 6
 ATTEMPT_TIMEOUT_S = 60.0  # of one request, to its last byte
 BACKOFF_S = 0.5  # the longest wait before the second attempt; it doubles with each one
 DOWNLOAD_BYTES = 2**24  # asked for at once where a whole file is read
-BUSY_STATUS = (408, 425, 429, 500, 502, 503, 504)
-PASSING_ERRNOS = {
-    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ECONNRESET,
-    errno.ECONNREFUSED, errno.ECONNABORTED, errno.EPIPE, errno.ENETUNREACH, errno.EHOSTUNREACH,
-    errno.EREMOTEIO, errno.ENOTCONN,
-}  # fmt: skip
-PASSING_BOTOCORE = {"HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"}
 Result = TypeVar("Result")
 
 
 class TruncatedFile(ValueError):
     """A file that ends before the bytes that were asked for."""
-
-
-class _Passing(Exception):
-    """A failure that another attempt may not meet; wait_s is how long the server wants to be left alone."""
-
-    def __init__(self, reason: str, wait_s: float = 0.0):
-        super().__init__(reason)
-        self.wait_s = wait_s
 
 
 def scheme_of(path: str) -> str:
@@ -176,13 +162,13 @@ class ShardStore:
     def _read_remote(self, path: str, offset: int, size: int) -> bytes:
         try:
             data = self._call(path, "_cat_file", start=offset, end=offset + size)
-        except _OutOfRange:
+        except OutOfRange:
             data = b""
         if len(data) > size:
             raise ValueError(f"{printable(path)}: the server does not answer requests for a range of bytes")
         if len(data) < size:
             if (whole := self._remote_info(path)["size"]) >= offset + size:
-                raise _Passing(f"{len(data)} of {size} bytes")
+                raise Passing(f"{len(data)} of {size} bytes")
             raise TruncatedFile(
                 f"{printable(path)}: {len(data)} bytes at offset {offset}, the index expects {size} "
                 f"(the file has {whole})"
@@ -203,20 +189,20 @@ class ShardStore:
         try:
             return sync(system.loop, getattr(system, method), path, timeout=self.timeout_s, **arguments)
         except Exception as error:
-            raise _translated(error, path) from None
+            raise translated(error, printable(path)) from None
 
     def _system(self, scheme: str) -> Any:
         if self._pid != os.getpid():
             self._forget()
         if scheme not in self._systems:
-            self._systems[scheme] = _open_s3() if scheme == "s3" else _open_http()
+            self._systems[scheme] = open_s3() if scheme == "s3" else open_http()
         return self._systems[scheme]
 
     def _retry(self, path: str, attempt: Callable[[], Result]) -> Result:
         for number in range(1, self.num_attempts + 1):
             try:
                 return attempt()
-            except _Passing as error:
+            except Passing as error:
                 reason, wait_s = str(error), error.wait_s
             except OSError as error:
                 if error.errno not in PASSING_ERRNOS:
@@ -228,76 +214,6 @@ class ShardStore:
                 log.info("%s: %s; reading again in %.1f s", printable(path), reason, wait_s)
                 time.sleep(wait_s)
         raise OSError(f"{printable(path)} cannot be read after {self.num_attempts} attempts: {reason}")
-
-
-class _OutOfRange(Exception):
-    """The range begins behind the end of the file."""
-
-
-def _open_http() -> Any:
-    from aiohttp import ClientTimeout
-    from fsspec.implementations.http import HTTPFileSystem
-
-    return HTTPFileSystem(
-        skip_instance_cache=True,
-        encoded=True,  # a URL is sent as it is written: a signature covers its very letters
-        headers={"Accept-Encoding": "identity"},
-        # with the proxies of the environment, and the passwords of ~/.netrc
-        client_kwargs={
-            "timeout": ClientTimeout(total=None, sock_connect=20, sock_read=30),
-            "trust_env": True,
-        },
-    )
-
-
-def _open_s3() -> Any:
-    """Credentials, region and endpoint come from AWS's own environment variables and files."""
-    try:
-        from s3fs import S3FileSystem
-    except ImportError as error:
-        raise ValueError("s3:// needs s3fs: pip install 'storyanchors[s3]'") from error
-    timeouts = {"connect_timeout": 20, "read_timeout": 30, "retries": {"total_max_attempts": 1}}
-    system = S3FileSystem(skip_instance_cache=True, config_kwargs=timeouts)
-    system.retries = 1  # the attempts are counted in one place: here
-    return system
-
-
-def _translated(error: Exception, path: str) -> Exception:
-    """_Passing for what may go away, else an error that names the URL without its query."""
-    from aiohttp import ClientError, ClientResponseError
-
-    where, cause = printable(path), error.__cause__ or error
-    if isinstance(error, FileNotFoundError) and isinstance(cause, ClientError | OSError):
-        error = cause  # fsspec calls every failed request for a size a missing file
-    if isinstance(error, ClientResponseError):
-        return _of_status(error.status, where, (error.headers or {}).get("Retry-After"))
-    if isinstance(response := getattr(cause, "response", None), dict):  # of botocore
-        return _of_status(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0), where, None)
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(errno.ENOENT, "not found", where)
-    if isinstance(error, PermissionError):
-        return PermissionError(errno.EACCES, "access is denied", where)
-    if isinstance(error, TimeoutError):
-        return _Passing("no answer in time")
-    is_connection = isinstance(error, ClientError | ConnectionError)
-    if is_connection or {base.__name__ for base in type(error).__mro__} & PASSING_BOTOCORE:
-        return _Passing(f"the connection failed ({type(error).__name__})")
-    if isinstance(error, OSError) and error.errno in PASSING_ERRNOS:
-        return _Passing(f"{type(error).__name__} ({os.strerror(error.errno)})")
-    return OSError(f"{where}: {type(error).__name__}")
-
-
-def _of_status(status: int, where: str, retry_after: str | None) -> Exception:
-    if status in BUSY_STATUS:
-        wait_s = float(retry_after) if (retry_after or "").isdigit() else 0.0
-        return _Passing(f"HTTP status {status}", wait_s)
-    if status == 416:
-        return _OutOfRange()
-    if status in (404, 410):
-        return FileNotFoundError(errno.ENOENT, "not found", where)
-    if status in (401, 403):
-        return PermissionError(errno.EACCES, f"access is denied (HTTP status {status})", where)
-    return OSError(f"{where}: HTTP status {status}")
 
 
 def local_copy(path: str) -> Path:
