@@ -118,7 +118,10 @@ def _check_added(config: Config, name: str, prefix: str = "") -> None:
 
 def _explain(error: Exception, name: str) -> str:
     """Hydra's own words, without its advice, and what would have been right."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    cause, in_file = error.__cause__, re.match(r"In '(.+?)': ", str(error))
+    if in_file:  # what stands in a file, not in an argument
+        cause, name = error.__context__, f"conf/{in_file[1]}.yaml"
+    cause = cause if isinstance(cause, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(cause).splitlines()]
     text = " ".join(lines[:1] + [line for line in lines[1:] if line.startswith("Did you mean")])
     full_key = getattr(cause, "full_key", None)

@@ -20,10 +20,13 @@ def losses(run_dir: Path) -> list[float]:
     return [json.loads(line)["train/loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes_that_share_every_clip_learn_what_one_learns(train, arguments, tmp_path):
+@pytest.mark.parametrize(
+    "strategy", ["ddp", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in (2, 3))]
+)
+def test_two_processes_that_share_every_clip_learn_what_one_learns(train, arguments, tmp_path, strategy):
     more = ["stage=continuation", "data.clips_per_batch=3", "model.activation_checkpointing=selective"]
     command = [sys.executable, "train/run_stage.py", *arguments(tmp_path / "two", *more)]
-    command += ["model.sequence_parallel=2", "strategy=ddp", "trainer.devices=2"]
+    command += ["model.sequence_parallel=2", f"strategy={strategy}", "trainer.devices=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from conf import command
 from conf.command import HARDWARE, UNHEALTHY, run
 from data_pipeline.build_index import build_index
 from train.checkpoints import newest_checkpoint
@@ -132,6 +133,16 @@ def test_captions_of_another_schema_version_are_not_indexed(dataset, tmp_path):
         build_index(spoiled, "truth")
 
 
+def test_an_unknown_key_in_a_file_of_settings_is_named(start, three_steps, tmp_path, monkeypatch):
+    saved = unfinished(three_steps, tmp_path / "run")
+    monkeypatch.setattr(command, "CONF_DIR", shutil.copytree(command.CONF_DIR, tmp_path / "conf"))
+    (tmp_path / "conf" / "experiment" / "mine.yaml").write_text("# @package _global_\ndata: {max_tokns: 9}\n")
+    status, line = start(tmp_path / "run", "experiment=mine")
+    named = "unknown key 'data.max_tokns' for conf/experiment/mine.yaml; did you mean 'data.max_tokens'?"
+    assert (status, line) == (1, f"error: {named}")
+    assert complete_checkpoints(tmp_path / "run") == saved
+
+
 # The checkpoints and the disk
 
 
@@ -214,12 +225,12 @@ def launch(arguments):
     launched: list[subprocess.Popen] = []
 
     def call(run_dir: Path, *more: str) -> Processes:
-        command = [sys.executable, "train/run_stage.py", *arguments(run_dir, *STAGE_3, *more)]
+        words = [sys.executable, "train/run_stage.py", *arguments(run_dir, *STAGE_3, *more)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         printed = run_dir.with_suffix(".stderr")
         with open(printed, "w") as stderr:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stderr=stderr, start_new_session=True
+                words, cwd=ROOT, env=environment, stderr=stderr, start_new_session=True
             )
         launched.append(process)
         return Processes(process, run_dir, printed)
