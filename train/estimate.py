@@ -13,6 +13,8 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from conf.command import run
 from storyanchors.caption_encoder import WORDS
 from storyanchors.flops import ClipSize, model_flops, train_flops
@@ -33,6 +35,7 @@ from train.training_cost import (
     step_time,
 )
 
+SAMPLED_CLIPS = 200  # of a dataset, for the bytes of a mean one
 GPU_GIB = {"h100": 79, "h200": 139, "a100": 79}  # what torch sees of an SXM module; the A100 of 80 GB
 
 
@@ -245,7 +248,11 @@ def read_clips(config: EstimateConfig) -> tuple[ClipIndex | ClipMix, int, float 
         return ClipMix.draw(config.mix, config.seed), config.mix.clips, None
     clips = ClipIndex.open(*config.data.datasets).with_caption(config.stage.caption)
     clips, _ = clips.split(config.data.holdout)
-    return clips, len(clips), None
+    some = np.linspace(0, len(clips) - 1, min(len(clips), SAMPLED_CLIPS)).astype(int)
+    clip_bytes = (
+        float(np.mean([sum(clips.row(number).frame_sizes) for number in some])) if len(some) else None
+    )
+    return clips, len(clips), clip_bytes
 
 
 def encodes_captions(config: ModelConfig) -> bool:
