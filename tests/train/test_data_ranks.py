@@ -28,7 +28,7 @@ def test_two_processes_that_share_every_clip_learn_what_one_learns(train, argume
     command = [sys.executable, "train/run_stage.py", *arguments(tmp_path / "two", *more)]
     command += ["model.sequence_parallel=2", f"strategy={strategy}", "trainer.devices=2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=120, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=240, text=True)
     assert done.returncode == 0, done.stderr
     assert "the tokens of every clip are split over 2 ranks" in done.stderr
     train(tmp_path / "one", *more)
