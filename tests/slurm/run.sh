@@ -78,7 +78,7 @@ wait_until 400 "step 6 of stage 3" has_step "$folder/disturbed/3_continuation" 6
 touch "$folder/disturbed/3_continuation/save_quit"
 say "job ${jobs[2]}: touch save_quit"
 wait_until 120 "the job to be held" is_in_state "${jobs[2]}" PENDING
-expect "why job ${jobs[2]} waits" "$(squeue -h -j "${jobs[2]}" -o %r)" JobHeldUser
+expect "why job ${jobs[2]} waits" "$(squeue -h -j "${jobs[2]}" -o %r)" "job requeued in held state"
 scontrol release "${jobs[2]}"
 wait_until 400 "the disturbed stages" has_ended "${jobs[2]}"
 for job in "${jobs[@]}"; do expect "job $job" "$(state "$job"), $(restarts "$job") restarts" "COMPLETED, 1 restarts"; done
