@@ -3,6 +3,7 @@
 The tables stay mapped files; a process holds the numbers of the chosen rows and the columns it asks for.
 """
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -173,6 +174,20 @@ class ClipIndex:
         """Video tokens (N,) of every clip; a token covers a square of that many pixels on a side."""
         frames, height, width = (self.numbers(name) for name in ("num_frames", "height", "width"))
         return frames * (height // pixels_per_token) * (width // pixels_per_token)
+
+    def fingerprint(self) -> str:
+        """Differs for other clips, another order of them, or other sizes."""
+        digest = hashlib.sha256()
+        for column in ("num_frames", "height", "width"):
+            digest.update(self.numbers(column).tobytes())
+        for table, chosen in zip(self.tables, self.chosen, strict=True):
+            start = 0
+            for chunk in table["key"].chunks:  # one at a time, so that few texts are in memory at once
+                first, last = np.searchsorted(chosen, (start, start + len(chunk)))
+                keys = chunk.take(chosen[first:last] - start).to_pylist()
+                digest.update("".join(f"{key}\n" for key in keys).encode())
+                start += len(chunk)
+        return digest.hexdigest()
 
     def frame_bytes(self) -> np.ndarray:
         """Bytes (N,) of every clip's frames in their files."""

@@ -39,6 +39,7 @@ from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
 from train.clip_costs import plan_clips
 from train.clip_index import ClipIndex
 from train.clip_reader import check_files
+from train.clips_record import check_clips, write_clips
 from train.dashboards import DASHBOARDS
 from train.data_config import DataConfig
 from train.data_plan import DataPlan
@@ -128,6 +129,11 @@ class RunStageConfig:
             raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(DASHBOARDS)}")
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
+        if self.strategy == "zero3" and self.model.compile:
+            raise ValueError(
+                f"model.compile={self.model.compile} does not go with strategy=zero3, which gathers weights "
+                "between a block's operators: expected zero1 or zero2, or model.compile=null"
+            )
         if taken := sorted(set(self.trainer) & set(SET_BY_US)):
             raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
         if self.log_every_n_steps < 1:
@@ -186,6 +192,8 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     trainer = build_trainer(config, callbacks)
     config = share_packs(config, trainer)
     train_clips, plan = build_plan(config, train_clips)
+    if resume_from:
+        check_clips(run_dir, train_clips)
     module = build_module(config, train_clips, is_new=resume_from is None)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
     if has_lora(module.dit):
@@ -193,6 +201,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     log_network(module.dit, trainer.strategy.root_device, dtype)
     if rank_zero_only.rank == 0:
         write_settings(run_dir, asdict(config))
+        write_clips(run_dir, train_clips)
     loader = build_loader(config, module, train_clips, plan, trainer)
     with heartbeat.named(), hardware_faults():
         trainer.fit(module, loader)

@@ -66,6 +66,24 @@ def test_a_video_is_held_out_wherever_it_is_used(both, dataset, tmp_path):
     assert sources(held_out) == expected
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_fingerprint_is_of_the_chosen_clips(both, dataset, other, seed):
+    kept = np.random.default_rng(seed).random(14) < 0.6
+    fingerprint = both.only(kept).fingerprint()
+    assert ClipIndex.open(dataset, other).only(kept).fingerprint() == fingerprint
+    for number in np.flatnonzero(kept).tolist():
+        fewer = kept & (np.arange(14) != number)
+        assert both.only(fewer).fingerprint() != fingerprint
+    assert ClipIndex.open(other, dataset).fingerprint() != both.fingerprint()
+
+
+def test_a_fingerprint_does_not_depend_on_how_the_file_is_cut(dataset):
+    whole = ClipIndex.open(dataset)
+    cut = pa.concat_tables([whole.tables[0].slice(start, 3) for start in range(0, 10, 3)])
+    kept = np.arange(10) % 2 == 0
+    assert ClipIndex(["d"], [cut], whole.chosen).only(kept).fingerprint() == whole.only(kept).fingerprint()
+
+
 def test_a_worker_maps_the_files_itself(both):
     copy = pickle.loads(pickle.dumps(both.only(np.arange(14) % 3 == 0)))
     assert [copy.row(n) for n in range(5)] == [both.row(n) for n in range(0, 14, 3)]
