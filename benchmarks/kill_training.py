@@ -8,6 +8,7 @@ hand-over to the second stage. tests/train/killed_training.py says what is compa
 """
 
 import argparse
+import logging
 import statistics
 import tempfile
 from pathlib import Path
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="where to keep the runs; default: nowhere")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # to stderr: what it is at
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         dataset = folder / "dataset"

@@ -5,6 +5,7 @@ disturbed run has logged, line by line and before every restart, is compared wit
 """
 
 import json
+import logging
 import os
 import random
 import signal
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from train.checkpoints import MANIFEST
+
+log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[2]
 STEPS, CLIPS_PER_BATCH = 40, 4  # of each stage; with 20 clips these are 8 whole epochs in 10 whole windows
@@ -134,7 +137,8 @@ def kill_often(folder: Path, dataset: Path, num_kills: int, seed: int) -> Audit:
                 _compare_lines(stages, whole, audit)
             elif (status := process.wait(timeout=600)) != 0:
                 audit.faults.append(f"round {audit.rounds}: status {status} without a kill")
-                break
+                audit.seconds = time.monotonic() - begin
+                return audit
         _compare_ends(stages, whole, audit)
     audit.seconds = time.monotonic() - begin
     return audit
@@ -184,6 +188,7 @@ def _wait_for_a_moment(
         _signal(pid)
     process.wait()
     audit.kills.append(Kill(phase, victim, stage, step, survivor_s))
+    log.info("kill %d: %s during %s, %s after step %d", len(audit.kills), victim, phase, stage, step)
     return True
 
 
