@@ -26,13 +26,11 @@ from train.dashboards import Dashboard, open_dashboard
 from train.hardware import device_name, peak_flops, peak_memory_gib, start_peak_memory
 from train.heartbeat import Heartbeat
 from train.loader import ClipBatch
+from train.loss_spikes import LossSpikes
 from train.run_folder import plain_config, write_text
 from train.story_module import StoryModule
 
 log = logging.getLogger(__name__)
-
-SPIKE_DEVIATIONS, SPIKE_FACTOR = 5, 3  # above the running mean of a loss's logarithm, in both measures
-SPIKE_MEMORY = 0.998  # of the running mean, for each clip: some hundreds of them count
 
 
 class MetricsLog(Callback):
@@ -201,29 +199,6 @@ class _Window:
             "memory_gib": peak_memory_gib(self.device),
             "broken": self.broken,
         }
-
-
-class LossSpikes:
-    """Clips whose loss is far above this rank's own running mean: broken data, or a run about to diverge.
-
-    Noise levels scatter losses over a factor of ten or more, about evenly in their logarithms.
-    """
-
-    def __init__(self):
-        self.count, self.mean, self.square = 0, 0.0, 0.0
-
-    def found(self, keys: list[str], losses: list[float]) -> Iterator[str]:
-        for key, loss in zip(keys, losses, strict=True):
-            value = math.log(max(loss, 1e-12))  # of a NaN it is one
-            deviation = math.sqrt(max(0.0, self.square - self.mean**2))
-            limit = self.mean + max(SPIKE_DEVIATIONS * deviation, math.log(SPIKE_FACTOR))
-            if not math.isfinite(value) or (self.count >= 100 and value > limit):
-                yield f"clip {key} has {loss:.4g}, the running mean is {math.exp(self.mean):.4g}"
-            else:  # a spike does not move what spikes are told by
-                self.count += 1
-                share = max(1 - SPIKE_MEMORY, 1 / self.count)
-                self.mean += share * (value - self.mean)
-                self.square += share * (value**2 - self.square)
 
 
 class StageProgress(ProgressBar):
