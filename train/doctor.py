@@ -1,7 +1,7 @@
 """Tells on a login node whether a run could start from here, line by line, and what to do where it could not.
 
-    python -m train.doctor
-    python -m train.doctor model=wan-1.3b data.dataset=DATASET run_dir=runs/s1     # of this very run, too
+    python train/doctor.py
+    python train/doctor.py model=wan-1.3b data.dataset=DATASET run_dir=runs/s1     # of this very run, too
 
 The settings are those of train/run_stage.py. It exits with 1 where something is wrong.
 """
