@@ -119,4 +119,5 @@ def test_scripts_show_the_command_to_run():
     assert len(scripts) >= 8
     for path in scripts:
         assert f"python {path.as_posix()} " in ast.get_docstring(TREES[path]), path
-        assert (ROOT / SETTINGS / f"{path.stem}.yaml").is_file(), f"{path} has no {SETTINGS}/{path.stem}.yaml"
+        if "conf.command.run" in imports(path):  # not what a login node or 512 tasks start without hydra
+            assert (ROOT / SETTINGS / f"{path.stem}.yaml").is_file(), f"no {SETTINGS}/{path.stem}.yaml"
