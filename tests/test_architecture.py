@@ -119,5 +119,5 @@ def test_scripts_show_the_command_to_run():
     assert len(scripts) >= 8
     for path in scripts:
         assert f"python {path.as_posix()} " in ast.get_docstring(TREES[path]), path
-        if "conf.command.run" in imports(path):  # not what a login node or 512 tasks start without hydra
-            assert (ROOT / SETTINGS / f"{path.stem}.yaml").is_file(), f"no {SETTINGS}/{path.stem}.yaml"
+        for settings in [ast.literal_eval(call.args[2]) for name, call in calls(path) if name == "run"]:
+            assert (ROOT / SETTINGS / f"{settings}.yaml").is_file(), f"{path} has no {settings}.yaml"
