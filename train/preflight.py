@@ -1,6 +1,6 @@
 """Looks over the machines of a run before it starts: stops within a minute or two, and names rank and host.
 
-    srun python -m train.preflight stage=global_caption model=tiny data.dataset=DATASET run_dir=runs/s1
+    srun python train/preflight.py stage=global_caption model=tiny data.dataset=DATASET run_dir=runs/s1
 
 The settings are those of train/run_stage.py; slurm/train_stage.sbatch runs it before every start. Every rank
 posts what it finds in a store on the first node, which compares; then the network is measured.
