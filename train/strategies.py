@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3")
 PRECISIONS = ("32-true", "bf16-mixed")
+START_TIMEOUT = timedelta(minutes=30)  # ranks that start wait for the slowest one, which reads the weights
 
 
 def build_strategy(
@@ -34,22 +35,22 @@ def build_strategy(
 
     auto is ddp where the trainer's devices and num_nodes ask for more than one process. offload keeps ZeRO's
     masters and moments, and stage 3's weights too, in the host's memory. deepspeed goes over DeepSpeed's own
-    settings (https://www.deepspeed.ai/docs/config-json). timeout_s holds for every group of processes.
+    settings (https://www.deepspeed.ai/docs/config-json). timeout_s holds for every group of processes, from
+    the first step on; before it they have START_TIMEOUT.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # a pickle never runs code, whoever loads it
-    timeout = timedelta(seconds=timeout_s)
-    set_group_timeout(timeout)
+    set_group_timeout(START_TIMEOUT)
     if name.startswith("zero"):
         if trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         settings = zero_settings(int(name[-1]), offload=offload, clip_norm=clip_norm, more=deepspeed)
-        return ZeroStrategy(config=settings, timeout=timeout)
+        return ZeroStrategy(timedelta(seconds=timeout_s), config=settings)
     if offload or deepspeed:
         given = "offload=true" if offload else f"deepspeed.{next(iter(deepspeed))}"
         raise ValueError(f"{given} is for strategy=zero1, zero2 or zero3, found strategy={name}")
     if name == "auto" and trainer.get("devices") == trainer.get("num_nodes") == 1:
         return "auto"
-    return DDPStrategy(timeout=timeout, gradient_as_bucket_view=True)
+    return WholeStrategy(timedelta(seconds=timeout_s), gradient_as_bucket_view=True)
 
 
 def zero_settings(stage: int, *, offload: bool, clip_norm: float, more: dict[str, Any]) -> dict[str, Any]:
@@ -76,11 +77,28 @@ def zero_settings(stage: int, *, offload: bool, clip_norm: float, more: dict[str
 
 
 def set_group_timeout(timeout: timedelta) -> None:
-    """For every group of processes made from now on, also those that DeepSpeed makes without asking for one.
+    """For every group of processes, there or to come, also those DeepSpeed makes without asking for one.
 
     Without it a stopped process kept the others waiting for over nine minutes, with a timeout of 10 s.
     """
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    for group in distributed_c10d._world.pg_map:
+        distributed_c10d._set_pg_timeout(timeout, group)
+
+
+class LimitedWaiting:
+    """Of a strategy: from the first step on, ranks wait for each other no longer than this."""
+
+    def __init__(self, collective_timeout: timedelta, **settings):
+        super().__init__(timeout=START_TIMEOUT, **settings)
+        self.collective_timeout = collective_timeout
+
+    def on_train_start(self) -> None:
+        set_group_timeout(self.collective_timeout)
+
+
+class WholeStrategy(LimitedWaiting, DDPStrategy):
+    """DDP: every rank holds everything."""
 
 
 class ZeroPrecision(DeepSpeedPrecision):
@@ -103,7 +121,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         model.trainer.model.backward(tensor, *args, scale_wrt_gas=False, **kwargs)
 
 
-class ZeroStrategy(DeepSpeedStrategy):
+class ZeroStrategy(LimitedWaiting, DeepSpeedStrategy):
     """Lightning's, also on CPUs (gloo), so that a laptop can try the same command."""
 
     @property

@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from conf.command import read_config
 from storyanchors.caption_cache import PrecomputedCaptions
 from train.checkpoints import Checkpoint, newest_checkpoint
 from train.clip_index import ClipIndex
 from train.clip_reader import ClipReader
+from train.run_stage import RunStageConfig
 from train.strategies import ZeroPrecision, build_strategy, zero_settings
 
 ROOT = Path(__file__).parents[2]
@@ -139,20 +141,23 @@ def test_the_others_of_a_stopped_rank_end_within_the_timeout_and_name_what_they_
         f"strategy={strategy}", "collective_timeout_s=6",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log"  # no pipe: the stopped rank would hold it open
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=file)
     try:
         while not (run_dir / "metrics.jsonl").is_file():
-            assert process.poll() is None, process.stderr.read()
+            assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         [other] = [int(pid) for pid in _children(process.pid) if "run_stage" in _command_of(pid)]
         os.kill(other, signal.SIGSTOP)
         stopped = time.monotonic()
-        message = process.communicate(timeout=60)[1]
-        assert time.monotonic() - stopped < 6 + 30  # and what it takes to say who was quiet
-        assert process.returncode == 69
+        status = process.wait(timeout=90)
+        assert time.monotonic() - stopped < 6 + 45  # and what it takes to say who was quiet
+        message = log.read_text()
+        assert status == 69 and "Timed out waiting 6000ms" in message
         assert re.search(r"lost another rank in (all_reduce|reduce_scatter|all_gather|the backward)", message)
-        os.kill(other, signal.SIGKILL)
     finally:
+        os.kill(other, signal.SIGKILL)
         process.kill()
 
 
@@ -170,7 +175,7 @@ CPU = {"accelerator": "cpu", "devices": 2, "num_nodes": 1}
 
 def test_auto_is_ddp_for_more_than_one_process_and_has_the_timeout():
     strategy = build_strategy("auto", trainer=CPU, **SETTINGS)
-    assert isinstance(strategy, DDPStrategy) and strategy._timeout.total_seconds() == 60
+    assert isinstance(strategy, DDPStrategy) and strategy.collective_timeout.total_seconds() == 60
     assert build_strategy("auto", trainer=CPU | {"devices": 1}, **SETTINGS) == "auto"
 
 
@@ -180,6 +185,24 @@ def test_auto_is_ddp_for_more_than_one_process_and_has_the_timeout():
 def test_settings_of_zero_without_zero_are_refused(more, message):
     with pytest.raises(ValueError, match=f"{message} is for strategy=zero1"):
         build_strategy("ddp", trainer=CPU, **(SETTINGS | more))
+
+
+def test_compiled_blocks_and_sharded_weights_are_refused_together(arguments):
+    overrides = arguments("unused", "strategy=zero3", "model.compile=inductor")
+    with pytest.raises(ValueError, match=r"model\.compile=inductor does not go with strategy=zero3"):
+        read_config(RunStageConfig, "run_stage", overrides)
+
+
+@pytest.mark.parametrize(
+    ("preset", "strategy", "offload"),
+    [("one_gpu", "auto", False), ("ddp", "ddp", False), ("zero2", "zero2", False), ("zero3", "zero3", False),
+     ("zero2_offload", "zero2", True), ("zero3_offload", "zero3", True), ("cpu", "auto", False)],
+)  # fmt: skip
+def test_a_preset_of_the_cluster_sets_the_strategy(preset, strategy, offload):
+    overrides = ["run_dir=unused", "data.dataset=unused", f"cluster={preset}"]
+    config = read_config(RunStageConfig, "run_stage", overrides)
+    assert (config.strategy, config.offload) == (strategy, offload)
+    assert config.trainer["precision"] == ("32-true" if preset == "cpu" else "bf16-mixed")
 
 
 def test_deepspeeds_own_settings_go_over_ours_one_by_one():
