@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from train.checkpoint_writer import CheckpointWriter
-from train.checkpoints import CheckpointConfig, find_damage, hashed_files
-from train.tensor_ranges import TensorRange, read_into
+from train.saving.checkpoint_writer import CheckpointWriter
+from train.saving.checkpoints import CheckpointConfig, find_damage, hashed_files
+from train.saving.tensor_ranges import TensorRange, read_into
 
 NUM_TENSORS = 100
 

@@ -25,7 +25,7 @@ from data_pipeline.build_index import CAPTION_COLUMNS, CLIP_COLUMNS
 from data_pipeline.index_file import write_index
 from storyanchors.dit_config import StoryDiTConfig
 from storyanchors.flops import ClipSize, model_flops, num_tokens
-from train.clip_costs import CAPTION_TOKENS
+from train.clips.clip_costs import CAPTION_TOKENS
 from train.data_plan import DataPlan
 from train.plan_report import pack_costs, useful_share
 
@@ -195,9 +195,9 @@ def many_clips(folder: str) -> None:
 
 def use_many_clips(folder: str) -> None:
     """What a training process does before its first batch; prints seconds and mebibytes as JSON."""
-    from train.clip_costs import plan_clips
-    from train.clip_index import ClipIndex
-    from train.data_config import DataConfig
+    from train.clips.clip_costs import plan_clips
+    from train.clips.clip_index import ClipIndex
+    from train.clips.data_config import DataConfig
 
     before, start, cpu_start = private_mib(), time.perf_counter(), time.process_time()
     clips, _ = ClipIndex.open(folder).with_caption("multi_event").split(0.02)

@@ -28,11 +28,11 @@ from data_pipeline.dataset import DatasetRecord, finish, writing
 from data_pipeline.shard_writer import ShardWriter
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip, decode_jpeg, frames_to_levels
 from storyanchors.story import Event, Story
-from train.clip_index import ClipIndex, ClipRow
-from train.clip_reader import ClipReader
+from train.clips.clip_index import ClipIndex, ClipRow
+from train.clips.clip_reader import ClipReader
+from train.clips.loader import PlannedClips, PlannedLoader
+from train.clips.quarantine import Quarantine
 from train.data_plan import DataPlan
-from train.loader import PlannedClips, PlannedLoader
-from train.quarantine import Quarantine
 
 HEIGHT, WIDTH, NUM_FRAMES = 480, 832, 12
 NEED = {"1.3B": 0.44, "4B": 0.23, "14B": 0.08}  # clips per second and GPU at full speed

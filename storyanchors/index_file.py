@@ -1,4 +1,4 @@
-"""The names of a dataset's index: data_pipeline/index_file.py writes it, train/clip_index.py maps it."""
+"""The names of a dataset's index: data_pipeline/index_file.py writes, train/clips/clip_index.py reads it."""
 
 PARQUET_FILE = "index.parquet"  # for everybody
 MAPPED_FILE = "index.arrow"  # the same rows, for training to map

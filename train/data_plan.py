@@ -1,8 +1,8 @@
 """Which clips are in the batch at a position, and which of them a rank computes together: pure functions.
 
-A position is a place in the endless stream of clips (train/clip_stream.py), counted in clips: it is all that
-a checkpoint keeps of the data. A window of the stream is dealt into packs of nearly equal cost, and the packs
-into global batches; the world size only decides who computes which pack. Nothing is dropped, nothing padded.
+A position is a place in the endless stream of clips (train/clips/clip_stream.py), counted in clips: it is all
+that a checkpoint keeps of the data. A window of the stream is dealt into packs of nearly equal cost, and the
+packs into global batches; the world size only decides who computes which pack. Nothing is dropped or padded.
 """
 
 import heapq
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from train.clip_stream import ClipStream, Mix
+from train.clips.clip_stream import ClipStream, Mix
 from train.stable_hash import stable_hash
 
 Pack = TypeVar("Pack")

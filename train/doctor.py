@@ -158,7 +158,7 @@ def attempt(name: str, look: Callable[[], str], advice: str) -> Check:
 
 
 def _count_clips(dataset: str) -> str:
-    index = importlib.import_module("train.clip_index").ClipIndex.open(dataset)
+    index = importlib.import_module("train.clips.clip_index").ClipIndex.open(dataset)
     return f"{dataset}, {len(index)} clips"
 
 

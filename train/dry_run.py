@@ -2,7 +2,7 @@
 
 from itertools import islice
 
-from train.clip_index import ClipIndex
+from train.clips.clip_index import ClipIndex
 from train.data_plan import DataPlan
 
 STEPS = 3  # of the plan's head

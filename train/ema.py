@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train.trained_state import TrainedState, copy_all
+from train.processes.trained_state import TrainedState, copy_all
 
 
 @dataclass

@@ -18,14 +18,11 @@ import numpy as np
 from conf.command import run
 from storyanchors.caption_encoder import WORDS
 from storyanchors.flops import ClipSize, model_flops, train_flops
-from train.clip_costs import CAPTION_TOKENS, plan_clips
-from train.clip_index import ClipIndex
-from train.clip_mix import ClipMix, ClipMixConfig
-from train.hardware import peak_flops
-from train.memory_model import GIB, Layout, Memory, Network, training_memory
-from train.parts import FITTED_CODEC, ModelConfig, spatial_stride
-from train.run_stage import RunStageConfig
-from train.training_cost import (
+from train.clips.clip_costs import CAPTION_TOKENS, plan_clips
+from train.clips.clip_index import ClipIndex
+from train.costs.clip_mix import ClipMix, ClipMixConfig
+from train.costs.memory_model import GIB, Layout, Memory, Network, training_memory
+from train.costs.training_cost import (
     JPEG_BYTES_PER_PIXEL,
     UMT5_FLOPS_PER_CAPTION,
     WAN_ENCODE_FLOPS_PER_PIXEL,
@@ -34,6 +31,9 @@ from train.training_cost import (
     checkpoint_bytes,
     step_time,
 )
+from train.parts import FITTED_CODEC, ModelConfig, spatial_stride
+from train.run_stage import RunStageConfig
+from train.watching.hardware import peak_flops
 
 SAMPLED_CLIPS = 200  # of a dataset, for the bytes of a mean one
 GPU_GIB = {"h100": 79, "h200": 139, "a100": 79}  # what torch sees of an SXM module; the A100 of 80 GB

@@ -19,9 +19,9 @@ from storyanchors.dit import StoryDiT
 from storyanchors.generator import MODEL_FILE, save_story_model
 from storyanchors.lora import LORA_FILE, has_lora, merge_lora, save_lora
 from storyanchors.output_folder import check_output_folder, output_folder
-from train.checkpoints import Checkpoint, newest_checkpoint
 from train.parts import CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
 from train.run_folder import read_network, read_provenance, read_settings, stage_history
+from train.saving.checkpoints import Checkpoint, newest_checkpoint
 
 MADE_WITH = {"story-model": MODEL_FILE, "lora": LORA_FILE, "diffusers-wan": STORY_PARTS}  # by format
 PROVENANCE = "provenance.json"  # of the formats that have no file of their own for it

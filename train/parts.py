@@ -19,10 +19,10 @@ from storyanchors.lora import LoraSettings
 from storyanchors.output_folder import output_folder
 from storyanchors.sequence_parallel import check_degree
 from storyanchors.weights import read_json
-from train.clip_index import ClipIndex
-from train.clip_reader import BrokenSample, ClipReader
-from train.clip_stream import epoch_order
-from train.quarantine import MAX_REPLACEMENTS
+from train.clips.clip_index import ClipIndex
+from train.clips.clip_reader import BrokenSample, ClipReader
+from train.clips.clip_stream import epoch_order
+from train.clips.quarantine import MAX_REPLACEMENTS
 
 log = logging.getLogger(__name__)
 

@@ -4,9 +4,9 @@ from collections import Counter
 
 import numpy as np
 
-from train.clip_index import ClipIndex
+from train.clips.clip_index import ClipIndex
 from train.data_plan import DataPlan, packs_of_rank
-from train.hardware import PEAK_TFLOPS
+from train.watching.hardware import PEAK_TFLOPS
 
 NUM_BATCHES = 64  # that the useful share is measured over
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4

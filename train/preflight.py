@@ -8,7 +8,7 @@ posts what it finds in a store on the first node, which compares; then the netwo
 
 if __name__ == "__main__":
     from conf.verdict import report_crashes
-    from train.stop_signals import leave_on_stop_signals
+    from train.processes.stop_signals import leave_on_stop_signals
 
     report_crashes()
     leave_on_stop_signals()
@@ -26,11 +26,11 @@ import torch
 from conf.command import HardwareFault, run
 from storyanchors.dit import StoryDiT
 from storyanchors.shard_store import ShardStore, join
-from train.hardware_faults import hardware_faults
-from train.meeting import Meeting, Watchdog
-from train.network_speed import Speeds, find_slow, measure
+from train.processes.hardware_faults import hardware_faults
+from train.processes.meeting import Meeting, Watchdog
+from train.processes.network_speed import Speeds, find_slow, measure
+from train.processes.world import World
 from train.run_stage import RunStageConfig
-from train.world import World
 
 COMPARED = ("torch", "lightning", "deepspeed", "diffusers", "transformers", "storyanchors")
 CHECKPOINT_BYTES = 16  # of a trained parameter: weight, average and two moments in float32

@@ -19,7 +19,7 @@ from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import MODEL_FILE, read_story_model
 from storyanchors.lora import WHOLE, LoraSettings, add_lora, merge_lora
 from storyanchors.weights import load_base_weights, load_story_dit
-from train.checkpoints import (
+from train.saving.checkpoints import (
     NEWEST,
     Checkpoint,
     expected_step,

@@ -7,7 +7,7 @@ python train/run_stage.py stage=continuation model=tiny data.dataset=DATASET run
 
 if __name__ == "__main__":  # before torch, whose import takes seconds in which a signal would end the process
     from conf.verdict import report_crashes
-    from train.stop_signals import StopFlag
+    from train.processes.stop_signals import StopFlag
 
     report_crashes()
     StopFlag().install()
@@ -34,25 +34,18 @@ from storyanchors.caption_encoder import load_token_counter
 from storyanchors.dit import StoryDiT
 from storyanchors.lora import add_lora, cast_base, has_lora
 from storyanchors.weights import load_base_weights
-from train.callbacks import MetricsLog, StageProgress
-from train.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
-from train.clip_costs import plan_clips
-from train.clip_index import ClipIndex
-from train.clip_reader import check_files
-from train.clips_record import check_clips, write_clips
-from train.dashboards import DASHBOARDS
-from train.data_config import DataConfig
+from train.clips.clip_costs import plan_clips
+from train.clips.clip_index import ClipIndex
+from train.clips.clip_reader import check_files
+from train.clips.clips_record import check_clips, write_clips
+from train.clips.data_config import DataConfig
+from train.clips.keys_log import KeysLog
+from train.clips.loader import PlannedClips, PlannedLoader, leave_out_uncuttable
+from train.clips.quarantine import Quarantine
+from train.clips.workers import prefetch_per_worker, start_worker_server
 from train.data_plan import DataPlan
-from train.data_ranks import DataRanks
 from train.dry_run import describe_run
 from train.ema import EmaConfig
-from train.hardware_faults import hardware_faults
-from train.heartbeat import Heartbeat
-from train.held_out_loss import HeldOutConfig, HeldOutLoss
-from train.keys_log import KeysLog
-from train.launcher import launch_settings
-from train.loader import PlannedClips, PlannedLoader, leave_out_uncuttable
-from train.network_speed import PreflightConfig
 from train.optimizer import OptimizerConfig
 from train.parts import (
     CODEC,
@@ -67,8 +60,14 @@ from train.parts import (
     spatial_stride,
 )
 from train.plan_report import describe_plan
-from train.quarantine import Quarantine
-from train.run_checkpoints import RunCheckpoints
+from train.processes.data_ranks import DataRanks
+from train.processes.hardware_faults import hardware_faults
+from train.processes.heartbeat import Heartbeat
+from train.processes.launcher import launch_settings
+from train.processes.network_speed import PreflightConfig
+from train.processes.stop_signals import StopFlag, keep_handlers
+from train.processes.strategies import STRATEGIES, build_strategy
+from train.processes.world import World
 from train.run_folder import (
     CONFIG,
     check_base,
@@ -81,14 +80,15 @@ from train.run_folder import (
     write_provenance,
     write_settings,
 )
-from train.run_lock import run_lock
+from train.saving.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
+from train.saving.run_checkpoints import RunCheckpoints
+from train.saving.run_lock import run_lock
 from train.stage import CAPTION_KINDS, StageConfig
-from train.stop_signals import StopFlag, keep_handlers
 from train.story_module import StoryModule
-from train.story_samples import SamplesConfig, StorySamples, read_sample_stories
-from train.strategies import STRATEGIES, build_strategy
-from train.workers import prefetch_per_worker, start_worker_server
-from train.world import World
+from train.watching.callbacks import MetricsLog, StageProgress
+from train.watching.dashboards import DASHBOARDS
+from train.watching.held_out_loss import HeldOutConfig, HeldOutLoss
+from train.watching.story_samples import SamplesConfig, StorySamples, read_sample_stories
 
 log = logging.getLogger(__name__)
 

@@ -18,15 +18,15 @@ from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flops import ClipSize
 from storyanchors.flow import add_noise, flow_losses, velocity
-from train.clip_reader import LoadedClip
-from train.data_ranks import sequence_group
+from train.clips.clip_reader import LoadedClip
+from train.clips.loader import ClipBatch
 from train.ema import Ema, EmaConfig
-from train.loader import ClipBatch
 from train.optimizer import OptimizerConfig, build_optimizer, lr_share, set_learning_rates
 from train.parts import CaptionEncoder, Codec
+from train.processes.data_ranks import sequence_group
+from train.processes.strategies import ZeroStrategy
+from train.processes.trained_state import TrainedState
 from train.stage import ClipDraw, StageConfig, draw_clip, draw_noise
-from train.strategies import ZeroStrategy
-from train.trained_state import TrainedState
 
 log = logging.getLogger(__name__)
 

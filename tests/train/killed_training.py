@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from train.checkpoints import MANIFEST
+from train.saving.checkpoints import MANIFEST
 
 log = logging.getLogger(__name__)
 

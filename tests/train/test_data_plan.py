@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from train.clip_stream import BLOCK, ClipStream, Mix
+from train.clips.clip_stream import BLOCK, ClipStream, Mix
 from train.data_plan import DataPlan, pack_clips
 
 CASES = range(12)

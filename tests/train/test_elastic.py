@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conf.command import Stopped
-from train.checkpoints import newest_checkpoint
+from train.saving.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [

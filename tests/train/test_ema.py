@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from train.ema import Ema
-from train.trained_state import TrainedState
+from train.processes.trained_state import TrainedState
 
 
 def network() -> nn.Module:

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 
 from conf.command import read_config
+from train.costs.memory_model import Network
+from train.costs.training_cost import checkpoint_bytes
 from train.estimate import Estimate, EstimateConfig, main
-from train.memory_model import Network
-from train.training_cost import checkpoint_bytes
 
 WAN = ["stage=multi_event", "model=wan-1.3b", "cluster=zero2", "data.clips_per_batch=256"]
 PACKED = [*WAN, "data.packs_per_batch=64", "data.max_tokens=172800"]

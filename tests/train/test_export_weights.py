@@ -15,10 +15,10 @@ from storyanchors.generator import StoryGenerator
 from storyanchors.lora import LoraSettings, load_lora
 from storyanchors.story import Event, Story
 from storyanchors.weights import load_story_dit
-from train.checkpoint_writer import CheckpointWriter, describe_state
-from train.checkpoints import CheckpointConfig, TrainingState, newest_checkpoint, trained_weights
 from train.run_folder import plain_config, read_network, write_provenance, write_settings
-from train.tensor_ranges import TensorRange
+from train.saving.checkpoint_writer import CheckpointWriter, describe_state
+from train.saving.checkpoints import CheckpointConfig, TrainingState, newest_checkpoint, trained_weights
+from train.saving.tensor_ranges import TensorRange
 
 
 def velocity(dit: StoryDiT) -> Tensor:

@@ -24,8 +24,8 @@ import pytest
 from conf import command
 from conf.command import HARDWARE, UNHEALTHY, run
 from data_pipeline.build_index import build_index
-from train.checkpoints import newest_checkpoint
 from train.run_stage import RunStageConfig, main
+from train.saving.checkpoints import newest_checkpoint
 
 ROOT = Path(__file__).parents[2]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]

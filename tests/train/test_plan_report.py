@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from conf.command import read_config
-from train.clip_index import ClipIndex
+from train.clips.clip_index import ClipIndex
 from train.data_plan import DataPlan
 from train.plan_report import describe_plan, pack_costs, useful_share
 from train.run_stage import RunStageConfig, main

@@ -11,11 +11,11 @@ import pytest
 
 from conf.command import HardwareFault, read_config
 from train import preflight
-from train.meeting import Meeting
-from train.network_speed import PreflightConfig, Speeds, find_slow
 from train.preflight import Finding, check_disk, check_run_dir, compare, examine, leave_probe, report, try_gpu
+from train.processes.meeting import Meeting
+from train.processes.network_speed import PreflightConfig, Speeds, find_slow
+from train.processes.world import World
 from train.run_stage import RunStageConfig
-from train.world import World
 
 ALONE = World("none", 0, 1, 0, 1, 1, "here")
 

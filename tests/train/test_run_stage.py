@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from conf.command import Stopped, read_config
 from storyanchors.lora import LORA_FILE
-from train.checkpoints import newest_checkpoint
+from train.processes.trained_state import MOMENTS
 from train.run_stage import RunStageConfig
+from train.saving.checkpoints import newest_checkpoint
 from train.story_module import NonFiniteGradients
-from train.trained_state import MOMENTS
 
 ROOT = Path(__file__).parents[2]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]

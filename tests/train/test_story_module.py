@@ -9,8 +9,8 @@ from storyanchors.caption_cache import PrecomputedCaptions
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.story import Event, Story
-from train.clip_index import ClipIndex
-from train.clip_reader import ClipReader
+from train.clips.clip_index import ClipIndex
+from train.clips.clip_reader import ClipReader
 from train.ema import EmaConfig
 from train.optimizer import OptimizerConfig
 from train.stage import StageConfig

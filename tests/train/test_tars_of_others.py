@@ -12,8 +12,8 @@ from PIL import Image
 
 from conf.command import read_config
 from data_pipeline import index_webdataset
-from train.clip_index import ClipIndex
-from train.clip_reader import ClipReader
+from train.clips.clip_index import ClipIndex
+from train.clips.clip_reader import ClipReader
 from train.run_stage import RunStageConfig, main
 
 SIZES = {"jpg": ("JPEG", (64, 48)), "png": ("PNG", (70, 48)), "webp": ("WEBP", (64, 60))}

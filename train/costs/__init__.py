@@ -1,0 +1,1 @@
+"""What a run needs, counted before it is launched."""
