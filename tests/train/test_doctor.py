@@ -79,7 +79,7 @@ def test_an_error_is_a_line_with_what_to_do():
 
 
 def test_the_command_tells_by_its_status(capsys):
-    assert main(["--help"]) == 0 and "python -m train.doctor" in capsys.readouterr().out
+    assert main(["--help"]) == 0 and "python train/doctor.py" in capsys.readouterr().out
     code = "import train.doctor, sys; sys.exit(bool({'torch', 'hydra', 'numpy'} & set(sys.modules)))"
     # -S: it can be read where no package is installed
     assert subprocess.run([sys.executable, "-S", "-c", code]).returncode == 0
