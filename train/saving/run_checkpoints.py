@@ -3,6 +3,7 @@
 import logging
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -103,6 +104,8 @@ class RunCheckpoints(Callback):
         self.stop_for(trainer, signal_number, quitting)
         if saving or trainer.should_stop or self.config.is_due(step):
             self.save(trainer, module)
+        if self.stopped_by and self.writer.step is not None:
+            self.finish_save()  # before a dashboard is closed, which may take longer than a scheduler waits
 
     def stop_for(self, trainer: L.Trainer, signal_number: int, quitting: bool = False) -> None:
         if signal_number or quitting:
@@ -115,8 +118,9 @@ class RunCheckpoints(Callback):
         minutes = self.config.every_minutes
         if trainer.is_global_zero:
             for name in asked:
-                asked[name] = (self.run_dir / name).exists()
-                (self.run_dir / name).unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    (self.run_dir / name).unlink()
+                    asked[name] = True
             asked[SAVE] |= minutes is not None and time.monotonic() - self.last_save > 60 * minutes
         received = self.stop.received or 0
         return [int(received), asked[SAVE_QUIT], asked[SAVE], self.writer.is_writing]
@@ -131,9 +135,11 @@ class RunCheckpoints(Callback):
         if self.writer.step is not None:
             self.finish_save()
         self.writer.close()
+        trainer.strategy.barrier()  # srun ends the others when one leaves, and the first has more to close
 
     def on_exception(self, trainer: L.Trainer, module: StoryModule, exception: BaseException) -> None:
-        if hasattr(self, "writer"):
+        # only who commits: a rank that has lost another one would remove what the first one just commits
+        if hasattr(self, "writer") and self.is_first:
             self.writer.give_up()
 
     def save(self, trainer: L.Trainer, module: StoryModule) -> None:
