@@ -24,16 +24,17 @@ from pathlib import Path
 import torch
 
 from conf.command import HardwareFault, run
-from storyanchors.dit import StoryDiT
 from storyanchors.shard_store import ShardStore, join
+from train.costs.memory_model import Network
+from train.costs.training_cost import checkpoint_bytes
 from train.processes.hardware_faults import hardware_faults
 from train.processes.meeting import Meeting, Watchdog
 from train.processes.network_speed import Speeds, find_slow, measure
 from train.processes.world import World
 from train.run_stage import RunStageConfig
+from train.saving.checkpoints import list_checkpoints
 
 COMPARED = ("torch", "lightning", "deepspeed", "diffusers", "transformers", "storyanchors")
-CHECKPOINT_BYTES = 16  # of a trained parameter: weight, average and two moments in float32
 PROBES = "preflight"  # folder in a run folder: one file of each node, to see whether all write to the same
 
 
@@ -147,21 +148,16 @@ def check_run_dir(run_dir: Path, world: World) -> None:
 
 
 def check_disk(config: RunStageConfig) -> None:
-    """ValueError when the run folder's disk cannot hold the checkpoints that are kept and one more."""
-    one, num = checkpoint_bytes(config), config.checkpoint.keep_last + 1
+    """ValueError when the run folder's disk has no room for what is still to come of the checkpoints that
+    are kept and one more."""
+    one, keep_last = checkpoint_bytes(Network.of(config.model)), config.checkpoint.keep_last
+    num = max(1, keep_last + 1 - len(list_checkpoints(Path(config.run_dir))))
     free = shutil.disk_usage(config.run_dir).free
     if free < one * num:
         raise ValueError(
             f"run_dir {config.run_dir} has {free / 1e9:.1f} GB free, expected {one * num / 1e9:.1f} GB for "
-            f"{num} checkpoints of {one / 1e9:.1f} GB (checkpoint.keep_last={num - 1} and one more)"
+            f"{num} more checkpoints of {one / 1e9:.1f} GB (checkpoint.keep_last={keep_last} and one more)"
         )
-
-
-def checkpoint_bytes(config: RunStageConfig) -> int:
-    """Of the whole network; a LoRA's checkpoints are smaller."""
-    with torch.device("meta"):
-        dit = StoryDiT.unfilled(config.model.dit_config)
-    return CHECKPOINT_BYTES * sum(parameter.numel() for parameter in dit.parameters())
 
 
 def report(config: RunStageConfig, findings: list[Finding], measured: list[Speeds]) -> None:
