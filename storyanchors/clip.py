@@ -257,11 +257,6 @@ def decode_jpeg(content: bytes, size: tuple[int, int]) -> Image.Image:
     return _to_rgb(image)
 
 
-def read_image_size(content: bytes) -> tuple[int, int]:
-    """read_jpeg_size() of a JPEG, PNG or WebP file."""
-    return _open_image(content, IMAGE_FORMATS).size
-
-
 def decode_image(content: bytes, size: tuple[int, int]) -> Image.Image:
     """The middle (width, height) of a JPEG, PNG or WebP file made by others, as RGB.
 
