@@ -367,7 +367,10 @@ def build_callbacks(
         callbacks.append(HeldOutLoss(config.held_out, held_out, metrics))
     if config.samples.every_n_steps:
         stories = read_sample_stories(held_out if len(held_out) else train_clips, config.samples.num_stories)
-        callbacks.append(StorySamples(run_dir, config.samples, stories, metrics))
+        if stories:
+            callbacks.append(StorySamples(run_dir, config.samples, stories, metrics))
+        else:
+            log.warning("no samples: none of the clips for them has a multi-event caption")
     if config.data.log_keys:
         callbacks.append(KeysLog(run_dir))
     callbacks += [metrics, RunCheckpoints(run_dir, config.checkpoint, stop, preset=config.model.preset)]

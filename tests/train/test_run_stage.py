@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conf.command import Stopped, read_config
+from data_pipeline.build_index import build_index
 from storyanchors.lora import LORA_FILE
 from train.processes.trained_state import MOMENTS
 from train.run_stage import RunStageConfig
@@ -332,6 +333,18 @@ def test_samples_are_drawn_and_scored_with_held_out_stories(train, tmp_path):
     assert names == {"step_00000003_prompt.png", "step_00000003_continue.png"}
     last = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 <= last["sample/prompt/pfa_f1"] <= 1 and last["step"] == 3
+
+
+def test_a_dataset_without_stories_is_trained_on_without_samples(dataset, train, tmp_path, caplog):
+    told = tmp_path / "told"
+    shutil.copytree(dataset, told)
+    for path in (told / "captions" / "truth").glob("*.jsonl"):
+        records = [json.loads(line) | {"story": None} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    build_index(told, "truth")
+    settings = ["stage=global_caption", "stage.steps=1", "samples.every_n_steps=1"]
+    run_dir = train(tmp_path / "run", f"data.dataset={told}", *settings)
+    assert "no samples: none of the clips" in caplog.text and not (run_dir / "samples").exists()
 
 
 def test_a_run_that_diverges_stops_and_names_the_clips(train, tmp_path):

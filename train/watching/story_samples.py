@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
@@ -17,7 +18,7 @@ from storyanchors.conditioning import ClipConditions
 from storyanchors.contact_sheet import PAPER, draw_contact_sheet
 from storyanchors.generator import StoryGenerator
 from storyanchors.sequence_parallel import whole_sequences
-from train.clips.clip_index import ClipIndex
+from train.clips.clip_index import CAPTION_COLUMNS, ClipIndex
 from train.clips.clip_reader import BrokenSample, ClipReader
 from train.clips.loader import ClipBatch
 from train.story_module import StoryModule
@@ -49,7 +50,7 @@ class SampleStory:
 def read_sample_stories(index: ClipIndex, num_stories: int) -> list[SampleStory]:
     """The first clips of the index that have a story, all of the first one's frame size."""
     reader, stories = ClipReader(), []
-    for number in range(len(index)):
+    for number in np.flatnonzero(index.numbers(CAPTION_COLUMNS["multi_event"])):
         row = index.row(number)
         size = (row.conditions.height, row.conditions.width)
         first_size = (stories[0].conditions.height, stories[0].conditions.width) if stories else size
