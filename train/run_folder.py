@@ -95,11 +95,14 @@ def start_or_resume(run_dir: Path, settings: dict[str, Any], *, resume: str) -> 
         if rank_zero_only.rank == 0:  # the first rank has begun when the others start
             _forget_checkpoints(run_dir)
         return None
-    folders = list_checkpoints(run_dir)
-    faults = {folder: find_fault(folder) for folder in folders}
-    usable = next((folder for folder in folders if faults[folder] is None), None)
-    if usable is None:
-        if folders:
+    faults = {}
+    for folder in list_checkpoints(run_dir):  # older ones are not looked at: every rank asks for every file
+        faults[folder] = find_fault(folder)
+        if faults[folder] is None:
+            usable = folder
+            break
+    else:
+        if faults:
             refuse_damaged(run_dir, faults)
         if (step := expected_step(run_dir)) is not None:
             raise ValueError(
@@ -281,7 +284,10 @@ def plain_config(dit: StoryDiT) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text)
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses power leaves the name without the content
     os.replace(temporary, path)
 
 
