@@ -6,6 +6,7 @@ Nothing is opened before the first read, and every process opens its own: fsspec
 connections of its asynchronous file systems do not survive a fork.
 """
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -213,7 +214,8 @@ class ShardStore:
                 wait_s = min(wait_s, MAX_RETRY_AFTER_S) + jitter
                 log.info("%s: %s; reading again in %.1f s", printable(path), reason, wait_s)
                 time.sleep(wait_s)
-        raise OSError(f"{printable(path)} cannot be read after {self.num_attempts} attempts: {reason}")
+        failed = f"{printable(path)} cannot be read after {self.num_attempts} attempts: {reason}"
+        raise OSError(errno.EIO, failed)  # the machine's fault, or its network's: not for a person to mend
 
 
 def local_copy(path: str) -> Path:
