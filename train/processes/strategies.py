@@ -105,8 +105,9 @@ class ZeroPrecision(DeepSpeedPrecision):
     """Autocast over float32 weights, as without DeepSpeed; its own bf16 would round weights and sums."""
 
     def forward_context(self) -> AbstractContextManager:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        enabled = self._desired_dtype == torch.bfloat16
+        from deepspeed.accelerator import get_accelerator
+
+        device, enabled = get_accelerator().device_name(), self._desired_dtype == torch.bfloat16
         # not cached: the copies of a sharded network's weights would be a whole network
         return torch.autocast(device, torch.bfloat16, enabled=enabled, cache_enabled=False)
 

@@ -115,10 +115,8 @@ class ReplicatedWeights(ZeroState):
     @contextmanager
     def network_holds(self, weights: list[Tensor]) -> Iterator[None]:
         self._publish(weights)
-        try:
-            yield
-        finally:
-            self._publish([fragment.weights for fragment in self.fragments])
+        yield  # not in a finally: after an error on one rank the others never come to this collective
+        self._publish([fragment.weights for fragment in self.fragments])
 
 
 class ShardedWeights(ZeroState):
@@ -150,9 +148,7 @@ class ShardedWeights(ZeroState):
         for parameter in self.parameters:  # the masters may be the same memory
             parameter.ds_tensor.data = parameter.ds_tensor.data.clone()
         self._publish(weights)
-        try:
-            yield
-        finally:
-            for parameter, data in zip(self.parameters, own, strict=True):
-                parameter.ds_tensor.data = data
-            self._publish([fragment.weights for fragment in self.fragments])
+        yield  # not in a finally, as above
+        for parameter, data in zip(self.parameters, own, strict=True):
+            parameter.ds_tensor.data = data
+        self._publish([fragment.weights for fragment in self.fragments])
