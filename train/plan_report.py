@@ -1,7 +1,5 @@
 """What a plan makes of its clips, in words: what an epoch is, how busy ranks are, what is read a second."""
 
-from collections import Counter
-
 import numpy as np
 
 from train.clips.clip_index import ClipIndex
@@ -12,6 +10,7 @@ NUM_BATCHES = 64  # that the useful share is measured over
 ASSUMED_GPU, ASSUMED_MFU = "H100", 0.4
 TRAIN_FACTOR = 3  # a step's work over a forward's
 MOST_SIZES = 6  # frame sizes that are listed
+FLOP_UNITS = {"PFLOP": 1e15, "TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6}
 
 
 def pack_costs(plan: DataPlan, num_batches: int) -> list[list[float]]:
@@ -36,46 +35,72 @@ def useful_share(batches: list[list[float]], world_size: int, *, waits_each_micr
 def describe_plan(clips: ClipIndex, plan: DataPlan, *, held_out: int, dropped: int, num_steps: int) -> str:
     """clips are those that the plan counts; held_out and dropped (above the cap) are numbers of clips."""
     lines = [f"{len(clips)} clips in the plan; {held_out} held out, {dropped} dropped for their length"]
+    shares = clip_shares(clips, plan)
     lines += _datasets(clips, plan)
     lines += [
-        *_sizes(clips),
-        *_work(plan),
+        *_sizes(clips, shares),
+        *_work(plan, shares),
         *_batches(clips, plan, num_steps),
         *_ranks(plan),
-        *_bytes(clips, plan),
+        *_bytes(clips, plan, shares),
     ]
     return "\n".join(lines)
 
 
+def clip_shares(clips: ClipIndex, plan: DataPlan) -> np.ndarray:
+    """Share (N,) of every clip in what is trained on: a mix shows a small dataset's clips more often."""
+    weights = plan.mix.weights if plan.mix else clips.num_clips
+    of_datasets = np.array(weights) / sum(weights)
+    return np.repeat(of_datasets / clips.num_clips, clips.num_clips)
+
+
 def _datasets(clips: ClipIndex, plan: DataPlan) -> list[str]:
     sources, start = clips.texts("source"), 0
-    weights = plan.mix.weights if plan.mix else clips.num_clips
+    shares = clip_shares(clips, plan)
     lines = []
-    for name, num_clips, weight in zip(clips.datasets, clips.num_clips, weights, strict=True):
-        num_sources = len(set(sources[start : start + num_clips]))
+    for name, num_clips in zip(clips.datasets, clips.num_clips, strict=True):
+        own = slice(start, start + num_clips)
         start += num_clips
-        share = weight / sum(weights)
+        num_sources, share = len(set(sources[own])), shares[own].sum()
         lines.append(
             f"  {name}: {num_clips} clips of {num_sources} videos, {share:.1%} of what is trained on"
         )
     return lines
 
 
-def _sizes(clips: ClipIndex) -> list[str]:
-    frames = clips.numbers("num_frames")
-    sizes = Counter(zip(clips.numbers("width").tolist(), clips.numbers("height").tolist(), strict=True))
-    listed = [f"{w}x{h} {count / len(clips):.1%}" for (w, h), count in sizes.most_common(MOST_SIZES)]
-    others = [f"{len(sizes) - MOST_SIZES} others"] if len(sizes) > MOST_SIZES else []
-    return [f"frames: {_spread(frames)}", f"sizes:  {', '.join(listed + others)}"]
+def _sizes(clips: ClipIndex, shares: np.ndarray) -> list[str]:
+    sizes = np.stack([clips.numbers("width"), clips.numbers("height")])
+    kinds, kind_of_clip = np.unique(sizes, axis=1, return_inverse=True)
+    of_kinds = np.bincount(kind_of_clip.ravel(), shares)
+    most = np.argsort(-of_kinds, kind="stable")[:MOST_SIZES]
+    listed = [f"{kinds[0, kind]}x{kinds[1, kind]} {of_kinds[kind]:.1%}" for kind in most]
+    others = [f"{len(of_kinds) - MOST_SIZES} others"] if len(of_kinds) > MOST_SIZES else []
+    return [
+        f"frames: {_spread(clips.numbers('num_frames'), shares)}",
+        f"sizes:  {', '.join(listed + others)}",
+    ]
 
 
-def _work(plan: DataPlan) -> list[str]:
-    return [f"tokens: {_spread(plan.tokens)}", f"TFLOP:  {_spread(TRAIN_FACTOR * plan.costs / 1e12)} a clip"]
+def _work(plan: DataPlan, shares: np.ndarray) -> list[str]:
+    flops = TRAIN_FACTOR * plan.costs
+    unit = next((unit for unit, size in FLOP_UNITS.items() if np.median(flops) >= size), "MFLOP")
+    return [
+        f"tokens: {_spread(plan.tokens, shares)}",
+        f"{unit}:  {_spread(flops / FLOP_UNITS[unit], shares)} a clip",
+    ]
 
 
-def _spread(values: np.ndarray) -> str:
-    least, median, p95, most = np.percentile(values, [0, 50, 95, 100])
-    return f"mean {values.mean():,.4g}, median {median:,.4g}, p95 {p95:,.4g}, {least:,.4g} to {most:,.4g}"
+def _spread(values: np.ndarray, shares: np.ndarray) -> str:
+    """Of the clips as they are trained on: each counts by its share (N,)."""
+    median, p95 = np.quantile(values, [0.5, 0.95], weights=shares, method="inverted_cdf")
+    mean, least, most = np.average(values, weights=shares), values.min(), values.max()
+    middle = f"mean {_number(mean)}, median {_number(median)}, p95 {_number(p95)}"
+    return f"{middle}, {_number(least)} to {_number(most)}"
+
+
+def _number(value: float) -> str:
+    """Three digits, or all before the point, never in powers of ten unless it is tiny."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _batches(clips: ClipIndex, plan: DataPlan, num_steps: int) -> list[str]:
@@ -87,13 +112,27 @@ def _batches(clips: ClipIndex, plan: DataPlan, num_steps: int) -> list[str]:
     tokens = [
         int(plan.tokens[[clip.row for clip in pack]].sum()) for batch in batches for pack in batch.packs
     ]
-    cap = "no cap" if plan.max_tokens is None else f"the cap is {plan.max_tokens}"
-    per_epoch = len(clips) / np.mean(sizes)
+    cap = "no cap" if plan.max_tokens is None else f"the cap is {plan.max_tokens:,}"
+    clips_per_step = float(np.mean(sizes))
     return [
         f"batch:  {np.mean(sizes):.1f} clips ({min(sizes)} to {max(sizes)}) in {plan.packs_per_batch} packs; "
-        f"a pack has {min(tokens)} to {max(tokens)} tokens, {cap}; 0 tokens of padding",
-        f"epoch:  {per_epoch:.1f} steps; {num_steps} steps are {num_steps / per_epoch:.2f} epochs",
+        f"a pack has {min(tokens):,} to {max(tokens):,} tokens, {cap}; 0 tokens of padding",
+        *_epochs(clips, plan, clips_per_step, num_steps),
     ]
+
+
+def _epochs(clips: ClipIndex, plan: DataPlan, clips_per_step: float, num_steps: int) -> list[str]:
+    """Of all clips, or of each dataset of a mix, which has epochs of its own."""
+    datasets, num_clips, shares = [""], [len(clips)], [1.0]
+    if plan.mix:
+        datasets, num_clips = [f" of {name}" for name in clips.datasets], clips.num_clips
+        shares = np.array(plan.mix.weights) / sum(plan.mix.weights)
+    lines = []
+    for dataset, count, share in zip(datasets, num_clips, shares, strict=True):
+        steps = count / (share * clips_per_step)
+        epochs = _number(num_steps / steps)
+        lines.append(f"epoch{dataset}:  {steps:,.1f} steps; {num_steps} steps are {epochs} epochs")
+    return lines
 
 
 def _num_batches(plan: DataPlan) -> int:
@@ -116,10 +155,12 @@ def _ranks(plan: DataPlan) -> list[str]:
     return lines
 
 
-def _bytes(clips: ClipIndex, plan: DataPlan) -> list[str]:
-    num_bytes = clips.frame_bytes().mean()
-    seconds = TRAIN_FACTOR * plan.costs.mean() / (PEAK_TFLOPS[ASSUMED_GPU] * 1e12 * ASSUMED_MFU)
+def _bytes(clips: ClipIndex, plan: DataPlan, shares: np.ndarray) -> list[str]:
+    num_bytes = np.average(clips.frame_bytes(), weights=shares)
+    flops = TRAIN_FACTOR * np.average(plan.costs, weights=shares)
+    seconds = flops / (PEAK_TFLOPS[ASSUMED_GPU] * 1e12 * ASSUMED_MFU)
+    megabytes = num_bytes / 1e6
     return [
-        f"bytes:  {num_bytes / 1e6:.3g} MB a clip, {num_bytes / seconds / 1e6:.3g} MB/s for each GPU "
-        f"(assumed: {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU, {1 / seconds:.3g} clips/s)"
+        f"bytes:  {_number(megabytes)} MB a clip, {_number(megabytes / seconds)} MB/s for each GPU "
+        f"(assumed: {ASSUMED_GPU} at {ASSUMED_MFU:.0%} MFU, {_number(1 / seconds)} clips/s)"
     ]

@@ -12,6 +12,7 @@ from train.data_plan import DataPlan
 
 log = logging.getLogger(__name__)
 
+DEAREST_OVER_MEDIAN = 100  # above it one clip's step may take minutes where others take seconds
 CAPTION_TOKENS = 512  # Wan pads to this; shorter captions make a clip of 9,360 tokens at most 2 % cheaper
 
 
@@ -46,9 +47,11 @@ def plan_clips(
     tokens = index.num_tokens(spatial_stride * dit_config.patch_size[-1])
     if data.max_tokens is not None and (too_long := tokens > data.max_tokens).any():
         index, tokens = _drop_too_long(index, tokens, too_long, data)
+    costs = clip_flops(index, dit_config, spatial_stride)
+    _warn_of_dearest(index, tokens, costs)
     plan = DataPlan(
         tokens,
-        clip_flops(index, dit_config, spatial_stride),
+        costs,
         seed=seed,
         stage=stage,
         clips_per_batch=data.clips_per_batch,
@@ -58,6 +61,18 @@ def plan_clips(
         mix=data.mix_of(index.num_clips),
     )
     return index, plan
+
+
+def _warn_of_dearest(index: ClipIndex, tokens: np.ndarray, costs: np.ndarray) -> None:
+    number, median = int(costs.argmax()), float(np.median(costs))
+    if costs[number] > DEAREST_OVER_MEDIAN * median:
+        log.warning(
+            "clip %s with %d video tokens costs %.0f times as much as the median clip, so will its step: "
+            "data.max_tokens=... with data.drop_too_long=true leaves out longer clips",
+            index.row(number).key,
+            tokens[number],
+            costs[number] / median,
+        )
 
 
 def _drop_too_long(

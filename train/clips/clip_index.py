@@ -168,6 +168,12 @@ class ClipIndex:
             return self, self.only(np.zeros(len(self), dtype=bool))
         columns = zip(self.tables, self.chosen, strict=True)
         held_out = np.concatenate([_held_out(table["source"], holdout)[chosen] for table, chosen in columns])
+        if not held_out.any():
+            log.warning(
+                "no source video is held out with data.holdout=%g, by chance: there is no held-out loss, and "
+                "samples are of clips that are trained on; more data or a larger data.holdout changes that",
+                holdout,
+            )
         return self.only(~held_out), self.only(held_out)
 
     def num_tokens(self, pixels_per_token: int) -> np.ndarray:

@@ -38,6 +38,24 @@ def test_a_clip_above_the_cap_is_named_or_dropped(dataset, caplog):
         plan_clips(index, DataConfig(max_tokens=1, drop_too_long=True), NETWORK, **KEYS)
 
 
+@pytest.mark.parametrize(("height", "warned"), [(64, False), (1024, True)])
+def test_a_clip_that_costs_a_hundred_times_the_median_is_named(dataset, monkeypatch, caplog, height, warned):
+    index = ClipIndex.open(dataset)
+    numbers = ClipIndex.numbers
+
+    def with_one_large(self, column: str) -> np.ndarray:
+        found = numbers(self, column)
+        if column in ("height", "width"):
+            found[3] = height
+        return found
+
+    monkeypatch.setattr(ClipIndex, "numbers", with_one_large)
+    plan_clips(index, DataConfig(), NETWORK, **KEYS)
+    named = [line for line in caplog.messages if line.startswith(f"clip {index.row(3).key} with")]
+    assert bool(named) == warned
+    assert not warned or ("data.max_tokens" in named[0] and "data.drop_too_long" in named[0])
+
+
 def test_a_mix_follows_the_datasets_after_clips_were_left_out(dataset):
     mix = [DatasetShare(str(dataset), 3.0), DatasetShare(f"{dataset}/", 1.0)]
     data = DataConfig(mix=mix, max_tokens=64 * 4, drop_too_long=True)

@@ -66,6 +66,14 @@ def test_a_video_is_held_out_wherever_it_is_used(both, dataset, tmp_path):
     assert sources(held_out) == expected
 
 
+def test_a_share_that_holds_nothing_out_is_said(dataset, caplog):
+    index = ClipIndex.open(dataset)
+    assert len(index.split(0.5)[1]) and not len(index.split(0)[1]) and not caplog.messages
+    assert not len(index.split(1e-9)[1])
+    [line] = caplog.messages
+    assert "data.holdout=1e-09" in line and "no held-out loss" in line
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_fingerprint_is_of_the_chosen_clips(both, dataset, other, seed):
     kept = np.random.default_rng(seed).random(14) < 0.6
