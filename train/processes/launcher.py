@@ -1,5 +1,6 @@
 """How Lightning learns of the other processes: from srun, from torchrun, or by starting them itself."""
 
+import os
 import subprocess
 import threading
 import time
@@ -17,7 +18,8 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 from conf.command import HARDWARE, STOPPED, leave_at_once
 from train.processes.world import World
 
-GRACE_S = 45  # the first rank notices the end of another by itself, and can say more
+GRACE_S = 45  # a rank notices the end of another by itself, and can say more
+FIRST_RANK = "STORYANCHORS_FIRST_RANK"  # the process that has started the others
 
 
 def launch_settings(world: World) -> dict[str, Any]:
@@ -30,6 +32,10 @@ def launch_settings(world: World) -> dict[str, Any]:
     if world.launcher == "none":
         # Lightning's own watch sends this process SIGKILL within five seconds, also while it saves
         subprocess_script._launch_process_observer = watch_ranks
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            watch_first_rank(int(os.environ[FIRST_RANK]))
+        else:
+            os.environ[FIRST_RANK] = str(os.getpid())
         return settings
     return settings | {"devices": world.local_size, "num_nodes": world.num_nodes}
 
@@ -57,3 +63,15 @@ def _watch(processes: list[subprocess.Popen]) -> None:
     if failed[0].returncode == 1:
         leave_at_once(1, f"error: {reason}, and has said why")
     leave_at_once(HARDWARE, f"hardware: {reason}")
+
+
+def watch_first_rank(process: int) -> None:
+    """Ends this process when the one that has started it is gone: it may be waiting for it half an hour."""
+    threading.Thread(target=_watch_first, args=(process,), name="first rank watch", daemon=True).start()
+
+
+def _watch_first(process: int) -> None:
+    while os.getppid() == process:
+        time.sleep(1)
+    time.sleep(GRACE_S)
+    leave_at_once(HARDWARE, "hardware: the first rank, which started this one, is gone")

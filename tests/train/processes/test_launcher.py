@@ -39,6 +39,22 @@ def test_a_shell_on_a_slurm_node_is_no_task_of_srun(monkeypatch):
     assert type(settings["plugins"][0]) is LightningEnvironment and "devices" not in settings
 
 
+def test_a_rank_whose_first_rank_was_killed_before_they_met_ends_by_itself():
+    """It would wait for it at their meeting place, for half an hour."""
+    rank = (
+        "import sys, time, train.processes.launcher as launcher; from train.processes.world import World\n"
+        "launcher.GRACE_S = 0\nlauncher.launch_settings(World.of_this_process({}))\ntime.sleep(60)"
+    )
+    first = (
+        "import os, subprocess, sys; from train.processes.launcher import FIRST_RANK\n"
+        "environ = os.environ | {'LOCAL_RANK': '1', FIRST_RANK: str(os.getpid())}\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]], env=environ)\nos.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", first, rank], capture_output=True, text=True, timeout=50)
+    assert done.returncode == -9  # its output ends with the last process that has it
+    assert "the first rank, which started this one, is gone" in done.stderr
+
+
 @pytest.mark.slow
 def test_torchrun_and_lightning_train_the_same_bits(dataset, tmp_path):
     bits = {}
