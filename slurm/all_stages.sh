@@ -1,7 +1,8 @@
 #!/bin/bash
 # Submits the three stages, each to begin with the weights of the one before when that has ended well.
 #
-#   slurm/all_stages.sh runs/story -N 8 -p gpu -- model=wan-1.3b cluster=zero2 data.dataset=DATASET
+#   slurm/all_stages.sh runs/story -N 8 -p gpu -- model=wan-1.3b cluster=zero2 data.dataset=DATASET \
+#     data.clips_per_batch=256
 #
 # Words before -- go to sbatch, words after it to train/run_stage.py. Prints the jobs. A stage that has done its steps
 # is not run again, so the same line goes on after a failure; one that ends in an error takes the later ones along.
@@ -9,6 +10,11 @@ set -eu
 
 if [ $# -lt 1 ] || [[ $1 == -* ]] || [[ $1 == *=* ]]; then
     echo "error: expected a folder for the three runs first, e.g. slurm/all_stages.sh runs/story -N 8 -- model=tiny" >&2
+    exit 1
+fi
+root=${STORYANCHORS_ROOT:-$PWD} # where the jobs will look
+if [ ! -f "$root/train/run_stage.py" ]; then
+    echo "error: found no train/run_stage.py in $root: submit from the folder of storyanchors" >&2
     exit 1
 fi
 runs=$1

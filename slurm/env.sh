@@ -9,6 +9,8 @@ MASTER_ADDR=$(scontrol --oneliner show node "$first_node" | sed -n 's/.* NodeAdd
 export MASTER_ADDR="${MASTER_ADDR:-$first_node}"
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 10000))
 
+# `sbatch --export=NONE` and `--export=VARIABLE` would have srun hand on nothing of what is set here.
+export SLURM_EXPORT_ENV=ALL
 # srun no longer takes it from sbatch (Slurm 22.05): each task would get one core for all its loader workers.
 export SRUN_CPUS_PER_TASK="${SRUN_CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-1}}"
 # As many threads in every task as the node has cores would be 8 times too many; workers use one each.

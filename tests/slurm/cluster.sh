@@ -89,11 +89,15 @@ start_munge() {
 }
 
 stop_cluster() {
-    local folder=$1 file
+    local folder=$1 file pids=() limit=$((SECONDS + 60))
     SLURM_CONF=$folder/slurm.conf timeout 30 scancel --user="$(id -un)" 2>/dev/null
-    sleep 2
-    for file in "$folder"/slurmd-*.pid "$folder"/ctld.pid "$folder"/munge/pid; do
-        [ -f "$file" ] && kill "$(cat "$file")" 2>/dev/null
+    # a daemon that leaves first would leave slurmstepd and its ranks behind
+    while [ -n "$(SLURM_CONF=$folder/slurm.conf timeout 10 squeue --noheader 2>/dev/null)" ] && [ $SECONDS -lt $limit ]; do
+        sleep 0.5
     done
-    sleep 2
+    for file in "$folder"/slurmd-*.pid "$folder"/ctld.pid "$folder"/munge/pid; do
+        [ -f "$file" ] && pids+=("$(cat "$file")")
+    done
+    kill "${pids[@]}" 2>/dev/null
+    while kill -0 "${pids[@]}" 2>/dev/null && [ $SECONDS -lt $limit ]; do sleep 0.5; done
 }

@@ -13,6 +13,7 @@ SRUN = """#!/bin/bash
 # takes the first outcome left for its module: the status of srun, then the verdicts of ranks 0, 1, ...
 while [ "$1" != -m ]; do shift; done
 echo "$*" >>"$FAKE/calls"
+echo "$SLURM_EXPORT_ENV $MASTER_ADDR" >>"$FAKE/exported"
 file=$FAKE/outcomes_$2
 outcome=$(head -n 1 "$file" 2>/dev/null)
 [ -n "$outcome" ] || exit 0
@@ -109,7 +110,9 @@ DECISIONS = {
     "hardware": ("69|69 hardware: rank 0 lost another rank", 0, REQUEUE),
     "killed without a word": ("137", 0, REQUEUE),
     "a signal before anyone listens": ("138", 0, REQUEUE),
-    "python is not there": ("127", 1, []),
+    "python is not there on a node": ("127", 1, []),
+    "the same, as srun says it": ("2", 1, []),
+    "a rank's verdict counts more than srun's 2": ("2|69 hardware: rank 0 lost another rank", 0, REQUEUE),
 }
 
 
@@ -125,19 +128,35 @@ def test_what_ranks_leave_behind_decides_what_comes_next(job, module, name):
     assert ran == (module == "train.run_stage" or outcome == "0")
 
 
-def test_hardware_faults_are_given_up_when_nothing_new_is_saved(job):
-    fault = "69|69 hardware: rank 0 lost another rank"
-    requeued = [job.start(fault, step=step)[1] == REQUEUE for step in (None, 10, 20, None, None, None)]
+FAULT = "69|69 hardware: rank 0 lost another rank"
+STOP = "75|75 stopped: SIGUSR1 after step 3"
+
+
+@pytest.mark.parametrize(("outcome", "status"), [(FAULT, 69), (STOP, 75), ("138", 75)])
+def test_a_job_is_given_up_when_nothing_new_is_saved(job, outcome, status):
+    requeued = [job.start(outcome, step=step)[1] == REQUEUE for step in (None, 10, 20, None, None, None)]
     assert requeued == [True] * 6
-    status, asked, said = job.start(fault)
-    assert (status, asked) == (69, []) and "4 starts without a new checkpoint" in said
+    found, asked, said = job.start(outcome)
+    assert (found, asked) == (status, []) and "4 starts without a new checkpoint" in said
+    assert ("is the time limit longer than start-up" in said) == (status == 75)
 
 
-def test_a_stop_in_between_starts_the_count_again(job):
-    fault = "69|69 hardware: rank 0 lost another rank"
-    for outcome in (fault, fault, fault, "75|75 stopped: SIGUSR1 after step 3", fault):
-        assert job.start(outcome)[1] == REQUEUE
-    assert job.start(fault, MAX_IDLE_RESTARTS="1")[0] == 69
+def test_a_stop_does_not_start_the_count_again_but_its_checkpoint_does(job):
+    for outcome, step in ((FAULT, None), (STOP, None), (FAULT, None), (STOP, 3), (FAULT, None)):
+        assert job.start(outcome, step=step)[1] == REQUEUE
+    assert job.start(FAULT, MAX_IDLE_RESTARTS="1")[0] == 69
+
+
+def test_who_holds_the_job_by_hand_may_do_so_for_ever(job):
+    for _ in range(5):
+        _, asked, said = job.start("75|75 stopped: save_quit after step 3")
+        assert asked == HOLD and "after `scontrol release 7`" in said and "queued again" not in said
+    assert job.start(FAULT, MAX_IDLE_RESTARTS="1")[1] == REQUEUE
+
+
+def test_srun_hands_on_what_is_set_whatever_sbatch_was_told(job):
+    job.start("0", SLURM_EXPORT_ENV="NONE")
+    assert (job.fake / "exported").read_text() == "ALL 10.0.0.1\n" * 2  # preflight and run_stage
 
 
 def test_a_checkpoint_without_manifest_is_no_progress(job):
@@ -159,11 +178,16 @@ def test_what_the_batch_file_needs_is_asked_for(fake, tmp_path):
     environ["SLURM_SUBMIT_DIR"] = str(ROOT)
     nowhere = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert nowhere.returncode == 1 and "expected run_dir=FOLDER" in nowhere.stderr
+    environ["PYTHON"] = str(tmp_path / "python")
+    command.append(f"run_dir={tmp_path}/run")
+    inactive = subprocess.run(command, env=environ, capture_output=True, text=True)
+    assert inactive.returncode == 1 and f"found no {tmp_path}/python: submit with" in inactive.stderr
+    assert (fake / "calls").read_text() == "" and not (tmp_path / "run").exists()
 
 
-def all_stages(*arguments: str) -> subprocess.CompletedProcess:
+def all_stages(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     command = ["bash", str(ROOT / "slurm" / "all_stages.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 def finish(run_dir: Path, steps: int) -> None:
@@ -208,3 +232,9 @@ def test_a_line_that_lacks_something_submits_nothing(fake, arguments):
     done = all_stages(*arguments)
     assert done.returncode == 1 and done.stderr.startswith("error: expected")
     assert (fake / "calls").read_text() == ""
+
+
+def test_jobs_that_would_not_find_the_code_are_not_submitted(fake, tmp_path):
+    done = all_stages("runs", "--", "model=tiny", cwd=tmp_path)
+    assert done.returncode == 1 and "submit from the folder of storyanchors" in done.stderr
+    assert (fake / "calls").read_text() == "" and not (tmp_path / "runs").exists()

@@ -69,6 +69,11 @@ def check_ranks(tasks: list[dict[str, str | int]]) -> str:
         raise ValueError(
             f"{len(tasks)} of {size} ranks have written their line; missing or twice: {missing[:8]}"
         )
+    if size > 1 and "None" in tasks[0]["meeting"].split(":"):
+        raise ValueError(
+            f"rank 0 on {tasks[0]['host']} has no MASTER_ADDR or MASTER_PORT: srun has not handed on what "
+            "slurm/env.sh sets (expected SLURM_EXPORT_ENV=ALL)"
+        )
     for task in tasks:
         here = f"rank {task['rank']} on {task['host']}"
         for name in ("size", "local_size", "num_nodes", "meeting"):

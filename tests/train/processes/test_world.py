@@ -82,6 +82,8 @@ def test_what_is_wrong_in_a_layout_is_named():
         with pytest.raises(ValueError) as error:
             check_ranks([task | change if task["rank"] == 9 else task for task in good])
         assert message in str(error.value).replace("rank 9 on n0", "rank 9 on n1")
+    with pytest.raises(ValueError, match=r"rank 0 on n0 has no MASTER_ADDR.*SLURM_EXPORT_ENV=ALL"):
+        check_ranks([task | {"meeting": "None:None"} for task in good])
     with pytest.raises(ValueError, match="no task"):
         check_ranks([])
 
