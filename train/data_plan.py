@@ -70,7 +70,10 @@ class DataPlan:
         mix: Mix | None = None,
     ):
         if clips_per_batch < packs_per_batch:
-            raise ValueError(f"clips_per_batch={clips_per_batch} is too few for {packs_per_batch} packs")
+            raise ValueError(
+                f"data.clips_per_batch={clips_per_batch} is too few for {packs_per_batch} packs, each has at "
+                f"least one clip: expected data.clips_per_batch={packs_per_batch} or more"
+            )
         self.window_clips = look_ahead * clips_per_batch
         if max_tokens is not None:
             if self.window_clips % packs_per_batch:

@@ -2,6 +2,7 @@
 
     python train/doctor.py
     python train/doctor.py model=wan-1.3b data.dataset=DATASET run_dir=runs/s1     # of this very run, too
+    python train/doctor.py ... trainer.num_nodes=8 trainer.devices=8    # and whether a batch is large enough
 
 The settings are those of train/run_stage.py. It exits with 1 where something is wrong.
 """
@@ -140,6 +141,11 @@ def checks_of_run(arguments: list[str]) -> Iterator[Check]:
         return
     yield Check("settings", f"stage {config.stage.name}, model {config.model.preset}")
     yield check_folder("run_dir", Path(config.run_dir).absolute())
+    if str(config.trainer.get("devices")).isdigit():  # "auto" is as many as the job will have
+        advice = (
+            "for trainer.num_nodes and trainer.devices of the job; python -m train.estimate says what fits"
+        )
+        yield attempt("batch", lambda: _count_packs(config), advice)
     for dataset in config.data.datasets:
         yield attempt("dataset", lambda dataset=dataset: _count_clips(dataset), "see docs/data_format.md")
     for setting, parts in PARTS.items():
@@ -155,6 +161,16 @@ def attempt(name: str, look: Callable[[], str], advice: str) -> Check:
         return Check(name, look())
     except (ValueError, OSError) as error:
         return Check(name, str(error), advice)
+
+
+def _count_packs(config: Any) -> str:
+    run_stage = importlib.import_module("train.run_stage")
+    on_node, num_nodes = int(config.trainer["devices"]), config.trainer.get("num_nodes", 1)
+    if on_node % (shared_by := config.model.sequence_parallel):
+        raise ValueError(f"model.sequence_parallel={shared_by} does not divide the {on_node} ranks of a node")
+    data = run_stage.with_pinned_packs(config).data
+    num_packs = run_stage.count_packs(data, on_node // shared_by * num_nodes)
+    return f"{data.clips_per_batch} clips in {num_packs} packs on {on_node * num_nodes} processes"
 
 
 def _count_clips(dataset: str) -> str:
@@ -186,7 +202,8 @@ def main(arguments: list[str]) -> int:
     checks = [check_python(), check_packages(), check_commit(), check_slurm()]
     checks.append(check_folder("scratch", Path(tempfile.gettempdir())))
     if not checks[1].found.startswith("missing"):  # else nothing below could be imported
-        checks.append(check_cuda())
+        if not {"trainer.accelerator=cpu", "cluster=cpu"} & set(arguments):
+            checks.append(check_cuda())
         checks += checks_of_run(arguments) if arguments else []
     for check in checks:
         print(check)

@@ -194,6 +194,8 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     train_clips, plan = build_plan(config, train_clips)
     if resume_from:
         check_clips(run_dir, train_clips)
+    if stop.received:  # what is left until a time limit may not last for reading weights and a first step
+        raise Stopped(f"{stop.received.name} before the weights were read; the same command begins again")
     module = build_module(config, train_clips, is_new=resume_from is None)
     dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
     if has_lora(module.dit):
@@ -259,11 +261,18 @@ def with_pinned_packs(config: RunStageConfig) -> RunStageConfig:
 def share_packs(config: RunStageConfig, trainer: L.Trainer) -> RunStageConfig:
     """With the packs of a batch decided; the trainer takes as many micro-steps as each rank has of them."""
     num_ranks = DataRanks.of(trainer, config.model.sequence_parallel).size
-    num_packs = config.data.packs_per_batch or num_ranks
-    if config.data.clips_per_batch < num_packs:
+    num_packs = count_packs(config.data, num_ranks)
+    trainer.accumulate_grad_batches = num_packs // num_ranks
+    return replace(config, data=replace(config.data, packs_per_batch=num_packs))
+
+
+def count_packs(data: DataConfig, num_ranks: int) -> int:
+    """The packs of a batch; ValueError where they, or its clips, cannot be shared by so many data ranks."""
+    num_packs = data.packs_per_batch or num_ranks
+    if data.clips_per_batch < num_packs:
         raise ValueError(
-            f"data.clips_per_batch={config.data.clips_per_batch} is too few for {num_packs} packs: "
-            "each has at least one clip"
+            f"data.clips_per_batch={data.clips_per_batch} is too few for {num_packs} packs on {num_ranks} "
+            f"data ranks, each has at least one clip: expected data.clips_per_batch={num_packs} or more"
         )
     if num_packs % num_ranks:
         ranks = ", ".join(str(n) for n in range(1, num_packs + 1) if num_packs % n == 0)
@@ -272,8 +281,7 @@ def share_packs(config: RunStageConfig, trainer: L.Trainer) -> RunStageConfig:
             f"data.packs_per_batch={num_packs} cannot be shared by {num_ranks} ranks: use {ranks} ranks, or "
             f"start a run with data.packs_per_batch={multiple}"
         )
-    trainer.accumulate_grad_batches = num_packs // num_ranks
-    return replace(config, data=replace(config.data, packs_per_batch=num_packs))
+    return num_packs
 
 
 def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:

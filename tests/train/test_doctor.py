@@ -69,6 +69,25 @@ def test_what_a_run_refers_to_must_be_there(dataset, tmp_path, monkeypatch):
     assert "unknown key 'optimizer.lrr'" in wrong.found
 
 
+def test_a_batch_with_too_few_clips_for_the_nodes_is_noticed(dataset, tmp_path):
+    run = ("model=tiny", f"data.dataset={dataset}", f"run_dir={tmp_path}/run", "trainer.num_nodes=8")
+    shared = "model.sequence_parallel=3"  # the 16 clips are enough for 48 ranks
+    few = checks(*run, "trainer.devices=8")["batch"]
+    assert few.advice and "expected data.clips_per_batch=64 or more" in few.found
+    for enough in (["data.clips_per_batch=64", "trainer.devices=8"], [shared, "trainer.devices=6"]):
+        assert checks(*run, *enough)["batch"].advice is None
+    uneven = checks(*run, shared, "trainer.devices=8")["batch"]
+    assert uneven.advice and "sequence_parallel=3 does not divide the 8 ranks" in uneven.found
+    assert "batch" not in checks(*run, "trainer.devices=auto")
+
+
+@pytest.mark.parametrize(("words", "is_asked"), [((), True), (("trainer.accelerator=cpu",), False)])
+def test_a_run_on_processors_needs_no_cuda(monkeypatch, capsys, words, is_asked):
+    monkeypatch.setattr("train.doctor.checks_of_run", lambda arguments: [])
+    main(list(words))
+    assert (" cuda: " in capsys.readouterr().out) == is_asked
+
+
 def test_an_error_is_a_line_with_what_to_do():
     def look() -> str:
         raise ValueError("found 3, expected 4")

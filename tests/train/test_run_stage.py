@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from conf.command import Stopped, read_config
 from data_pipeline.build_index import build_index
 from storyanchors.lora import LORA_FILE
+from train import run_stage
 from train.processes.trained_state import MOMENTS
 from train.run_stage import RunStageConfig
 from train.saving.checkpoints import newest_checkpoint
@@ -93,6 +94,17 @@ def test_a_signal_ends_the_step_saves_and_says_so(train, tmp_path):
     step = newest_checkpoint(run_dir).state.step
     assert 1 <= step < 400
     assert max(losses(run_dir)) == step
+
+
+def test_a_signal_during_start_up_is_heard_before_weights_are_read(train, tmp_path, monkeypatch):
+    def open_clips(config, original=run_stage.open_clips):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return original(config)
+
+    monkeypatch.setattr(run_stage, "open_clips", open_clips)
+    monkeypatch.setattr(run_stage, "build_dit", None)
+    with pytest.raises(Stopped, match="SIGUSR1 before the weights were read"):
+        train(tmp_path / "run", "stage=continuation")
 
 
 def test_killed_in_the_middle_and_started_again_gives_the_same_weights(train, arguments, tmp_path):
