@@ -54,6 +54,7 @@ from storyanchors.clip import MAX_FRAME_PIXELS, CaptionRecord
 from storyanchors.shard_store import ShardStore, printable, scheme_of
 
 TARS_FILE = "tars.jsonl"
+_COMPRESSED_TARS = ("*.tar.*", "*.tgz")
 
 
 @dataclass
@@ -95,6 +96,8 @@ def main(config: IndexWebdatasetConfig) -> None:
     out = Path(config.out)
     with stop_signals() as stop_requested:
         counts = index_webdataset(find_tars(config.tars), out, config, stop_requested)
+    if not counts["clips"]:
+        raise ValueError(_no_clip(config, counts, out / REJECTED_FILE))
     summary = build_index(out, config.captions if counts["captions"] else None, workers=config.workers)
     print(
         f"{counts['tars']} tars: {counts['in_place']} clips of images in place, {counts['videos']} videos cut"
@@ -103,6 +106,16 @@ def main(config: IndexWebdatasetConfig) -> None:
     print(f"captions {config.captions}: {summary.num_global_captions} global, {summary.num_stories} stories")
     if counts["rejected"]:
         print(f"not used: {counts['rejected']} samples or members, see {out / REJECTED_FILE}")
+
+
+def _no_clip(config: IndexWebdatasetConfig, counts: dict[str, int], rejected: Path) -> str:
+    """Why, by the first of the reasons."""
+    first = json.loads(rejected.read_text().partition("\n")[0])
+    where = f"{first['tar']}, sample {first['sample']}" if first["sample"] else first["tar"]
+    return (
+        f"found no clip in {counts['tars']} tars of {config.tars}: {where}: {first['reason']} "
+        f"(the first of {counts['rejected']} reasons in {rejected})"
+    )
 
 
 def find_tars(where: str) -> dict[str, str]:
@@ -127,7 +140,9 @@ def find_tars(where: str) -> dict[str, str]:
     else:
         raise ValueError(f"tars={where}: no such folder, .txt list or tar")
     if not found:
-        raise ValueError(f"found no .tar in {where}")
+        packed = next((file for kind in _COMPRESSED_TARS for file in path.rglob(kind)), None)
+        hint = f", only compressed ones such as {packed}: clips are read in place, unpack the tars themselves"
+        raise ValueError(f"found no .tar in {where}{hint if packed else ''}")
     for location in found.values():
         if printable(location) != location:
             raise ValueError(f"{printable(location)} has a user or a query: the index would show it to all")
@@ -160,10 +175,13 @@ def index_webdataset(
         num_captions = _write_captions(out, records, config.captions)
         num_rejected = _write_rejected(out, records)
         remove_parts(out)
+        shards = finished_shards(out / FRAMES_FOLDER)
+        in_place = sum(record.num_clips for record in records)
         counts = {
             "tars": len(records),
-            "shards": len(finished_shards(out / FRAMES_FOLDER)),
-            "in_place": sum(record.num_clips for record in records),
+            "shards": len(shards),
+            "in_place": in_place,
+            "clips": in_place + sum(read_marker(out / FRAMES_FOLDER, name).num_clips for name in shards),
             "videos": sum(len(record.videos) for record in records),
             "captions": num_captions,
             "rejected": num_rejected,
@@ -175,19 +193,33 @@ def index_webdataset(
 def _begin_tar_list(out: Path, tars: dict[str, str]) -> dict[str, int]:
     """The bytes of every tar; ValueError where the dataset was begun with other ones."""
     store = ShardStore()
-    sizes = {tar: store.size(location) for tar, location in tars.items()}
+    now = {}
+    for tar, location in tars.items():
+        num_bytes, version = store.state(location)
+        now[tar] = {"location": location, "bytes": num_bytes, "version": version}
     path = out / TARS_FILE
     if not path.exists():
-        lines = [json.dumps({"tar": tar, "bytes": size}) + "\n" for tar, size in sizes.items()]
+        lines = [json.dumps({"tar": tar, **state}) + "\n" for tar, state in now.items()]
         write_atomically(path, "".join(lines).encode())
-    begun = {entry["tar"]: entry["bytes"] for entry in map(json.loads, path.read_text().splitlines())}
-    if changed := sorted(tar for tar in begun.keys() | sizes if begun.get(tar) != sizes.get(tar)):
-        first = changed[0]
+    begun = {entry.pop("tar"): entry for entry in map(json.loads, path.read_text().splitlines())}
+    if changed := sorted(tar for tar in begun.keys() | now if begun.get(tar) != now.get(tar)):
         raise ValueError(
-            f"{out} was begun with other tars: {first} had {begun.get(first, 'no')} bytes then, "
-            f"{sizes.get(first, 'no')} now ({len(changed)} differ). Use the same, or choose another folder"
+            f"{out} was begun with other tars: {_difference(changed[0], begun, now)}, {len(changed)} differ; "
+            "give the same, or index these into a new out=FOLDER (data.mix trains on both)"
         )
-    return sizes
+    return {tar: state["bytes"] for tar, state in now.items()}
+
+
+def _difference(tar: str, begun: dict[str, dict], now: dict[str, dict]) -> str:
+    if tar not in begun:
+        return f"{tar} was not there then"
+    if tar not in now:
+        return f"{tar} is not there now"
+    if (then := begun[tar]["location"]) != now[tar]["location"]:
+        return f"{tar} was at {then} then, is at {now[tar]['location']} now"
+    if (then := begun[tar]["bytes"]) != now[tar]["bytes"]:
+        return f"{tar} had {then} bytes then, {now[tar]['bytes']} now"
+    return f"{tar} was written again since then"
 
 
 def _read_missing_tars(

@@ -56,7 +56,9 @@ class TarBytes:
 
     def read_at(self, offset: int, size: int) -> bytes:
         """size bytes from an offset on, fewer at the end of the tar."""
-        size = max(0, min(size, self.num_bytes - offset))
+        size = min(size, self.num_bytes - offset)
+        if size <= 0:  # a tar that is cut inside its padding
+            return b""
         begin = offset - self._start
         if begin < 0 or begin + size > len(self._piece):
             length = min(max(size, _READ_AHEAD), self.num_bytes - offset)

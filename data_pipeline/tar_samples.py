@@ -88,6 +88,8 @@ def read_tar(
             contents.rejected.append((name, str(reason)))
     for what, count in sorted(ignored.items()):
         contents.rejected.append((None, f"{count} members are not read: {what}"))
+    if not (contents.rows or contents.videos or contents.rejected):
+        contents.rejected.append((None, "there is no file in it"))
     progress(num_bytes)
     return contents
 

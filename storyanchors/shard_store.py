@@ -120,13 +120,15 @@ class ShardStore:
 
     def size(self, path: str) -> int:
         """The file's bytes; FileNotFoundError, PermissionError or OSError, with the path."""
-        if not scheme_of(path):
-            return self._retry(path, lambda: os.stat(path).st_size)
-        return self.info(path)["size"]
+        return self.state(path)[0]
 
-    def info(self, url: str) -> dict[str, Any]:
-        """What a server tells about a file: its size in bytes, and ETag or the like."""
-        return self._retry(url, lambda: self._remote_info(url))
+    def state(self, path: str) -> tuple[int, str]:
+        """The file's bytes, and what differs once it was written again: its time, or what a server tells."""
+        if not scheme_of(path):
+            found = self._retry(path, lambda: os.stat(path))
+            return found.st_size, str(found.st_mtime_ns)
+        info = self._retry(path, lambda: self._remote_info(path))
+        return info["size"], str(info.get("ETag") or info.get("Last-Modified") or info.get("LastModified"))
 
     def check_ranges(self, path: str) -> None:
         """ValueError where a server answers the request for one byte with the whole file."""
@@ -142,8 +144,9 @@ class ShardStore:
             while missing and (part := os.pread(file, missing, offset + size - missing)):
                 parts.append(part)
                 missing -= len(part)
-        except OSError:
+        except OSError as error:
             os.close(self._files.pop(path))  # a stale handle stays stale
+            error.filename = path
             raise
         if missing:
             raise TruncatedFile(
@@ -227,17 +230,16 @@ def local_copy(path: str) -> Path:
     if not scheme_of(path):
         return Path(path)
     store, folder = ShardStore(), _copies_folder()
-    info = store.info(path)
-    version = info.get("ETag") or info.get("Last-Modified") or info.get("LastModified")
-    name = hashlib.sha256(repr((printable(path), info["size"], str(version))).encode()).hexdigest()[:32]
+    size, version = store.state(path)
+    name = hashlib.sha256(repr((printable(path), size, version)).encode()).hexdigest()[:32]
     copy = folder / f"{name}{Path(urlsplit(path).path).suffix}"
     with open(folder / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not copy.exists():
-            log.info("copying %s (%.1f MB) to %s", printable(path), info["size"] / 1e6, copy)
+            log.info("copying %s (%.1f MB) to %s", printable(path), size / 1e6, copy)
             with open(copy.with_suffix(".tmp"), "wb") as file:
-                for offset in range(0, info["size"], DOWNLOAD_BYTES):
-                    file.write(store.read(path, offset, min(DOWNLOAD_BYTES, info["size"] - offset)))
+                for offset in range(0, size, DOWNLOAD_BYTES):
+                    file.write(store.read(path, offset, min(DOWNLOAD_BYTES, size - offset)))
             copy.with_suffix(".tmp").replace(copy)
     return copy
 

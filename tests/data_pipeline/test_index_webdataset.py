@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Callable
@@ -177,6 +178,40 @@ def test_a_tar_that_is_cut_gives_all_but_its_last_sample(tmp_path, index):
     assert 1 <= len(rows) < 4 and "cut" in rejected[0]["reason"] and rejected[1]["sample"] == str(len(rows))
 
 
+def test_a_tar_that_is_cut_in_the_zeros_at_its_end_is_used_and_stops_no_other(tmp_path, index):
+    for name in "ab":
+        write_tar(tmp_path / f"tars/{name}.tar", {"0": {**images("JPEG", "jpg", 2)}, "1": {"txt": "x"}})
+    tar = tmp_path / "tars/a.tar"
+    tar.write_bytes(tar.read_bytes().rstrip(b"\0") + b"\0")
+    rows, rejected = index(tmp_path / "tars")
+    assert len(rows) == 2
+    assert [line["sample"] for line in rejected if line["tar"] == str(tar)] == [None, "1"]
+    assert "cut" in rejected[0]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\x1f\x8b" + bytes(2000), "compressed with gzip"),
+        (b"", "cut: it ends at byte 0"),
+        (bytes(10240), "there is no file in it"),
+        (b"garbage" * 300, "no tar header at byte 0"),
+    ],
+)
+def test_tars_without_any_clip_end_with_the_reason_and_where_the_others_are(
+    tmp_path, refused, content, reason
+):
+    (tmp_path / "t.tar").write_bytes(content)
+    error = refused("index_webdataset", f"tars={tmp_path}", f"out={tmp_path / 'out'}")
+    assert f"{tmp_path / 't.tar'}: {reason}" in error and str(tmp_path / "out/rejected.jsonl") in error
+
+
+def test_a_folder_of_compressed_tars_is_refused_by_their_name(tmp_path, refused):
+    (tmp_path / "t.tar.gz").write_bytes(b"x")
+    assert "such as" in (error := refused("index_webdataset", f"tars={tmp_path}", "out=x"))
+    assert "t.tar.gz" in error and "unpack" in error
+
+
 def test_stopped_and_started_again_gives_the_same_files(tmp_path, tree, film):
     movie = film.write(tmp_path / "m.mp4", 60).read_bytes()
     for number in range(3):
@@ -221,9 +256,24 @@ def test_other_tars_than_at_the_beginning_are_refused(tmp_path, index, refused):
     index(tmp_path / "tars")
     write_tar(tmp_path / "tars/b.tar", {"0": {"jpg": JPEG, "txt": "A fox."}})
     where = (f"tars={tmp_path / 'tars'}", f"out={tmp_path / 'out'}")
-    assert "b.tar had no bytes then" in refused("index_webdataset", *where)
+    error = refused("index_webdataset", *where)
+    assert "b.tar was not there then" in error and "new out=FOLDER (data.mix" in error
     assert "caption_key=caption, now caption_key=text" in refused(
         "index_webdataset", *where, "caption_key=text"
     )
     assert "no such folder" in refused("index_webdataset", f"tars={tmp_path / 'none'}", "out=x")
     assert "not read" in refused("index_webdataset", "tars='pipe:echo'", "out=x")
+
+
+def test_tars_that_moved_or_were_written_again_are_refused(tmp_path, index, refused):
+    tar = write_tar(tmp_path / "tars/a.tar", {"0": {"jpg": JPEG, "txt": "A fox."}})
+    index(tmp_path / "tars")
+    written = tar.stat()
+    where = (f"tars={tmp_path / 'tars'}", f"out={tmp_path / 'out'}")
+    os.utime(tar, ns=(0, written.st_mtime_ns + 1))
+    assert "a.tar was written again since then" in refused("index_webdataset", *where)
+    os.utime(tar, ns=(0, written.st_mtime_ns))
+    index(tmp_path / "tars")
+    (tmp_path / "tars").rename(tmp_path / "moved")
+    moved = refused("index_webdataset", f"tars={tmp_path / 'moved'}", where[1])
+    assert f"a.tar was at {tar} then, is at {tmp_path / 'moved' / 'a.tar'} now" in moved

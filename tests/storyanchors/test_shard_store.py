@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import time
 
 import pytest
@@ -83,6 +84,11 @@ def test_a_file_that_ends_too_early_is_truncated_and_not_read_again(place, store
     with pytest.raises(TruncatedFile, match=r"a\.tar: \d+ bytes at offset \d+, the index expects 20"):
         store.read(join(place, "a.tar"), offset, size)
     assert len([request for request in server.requests if request.startswith("GET")]) <= 1
+
+
+def test_a_local_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+        ShardStore().read(str(tmp_path), 0, 4)
 
 
 def test_a_missing_file_is_named_at_once(place, store, server):
