@@ -105,7 +105,8 @@ class ClipReader:
         try:
             record = CaptionRecord.from_json(self.store.read(path, row.caption_offset, row.caption_size))
         except (ValueError, RecursionError) as error:  # also a file that is cut short
-            raise BrokenSample(path, member, str(error)) from error
+            found = f"{error}; where captions were written after the index, write the index again"
+            raise BrokenSample(path, member, found) from error
         if record.key != row.key:
             raise BrokenSample(path, member, f"the line belongs to {record.key}; write the index again")
         if record.story and record.story.num_frames != row.conditions.num_frames:

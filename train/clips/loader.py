@@ -138,7 +138,7 @@ class PlannedLoader:
 def _next(batches: Iterator[ClipBatch | OSError | ValueError], workers: Workers) -> ClipBatch:
     try:
         batch = next(batches)
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, OSError) as error:  # the last two where its clips were on their way
         if reason := workers.explain_end():
             raise ValueError(reason) from error
         raise

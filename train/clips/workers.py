@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import threading
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from train.processes.stop_signals import STOP_SIGNALS
 
 SHARED_MEMORY = "/dev/shm"
+END_IS_KNOWN_S = 5.0  # after it, to the process that started it
 
 
 def start_worker_server(*modules: str) -> None:
@@ -70,7 +72,8 @@ class Workers:
             process.kill()
 
     def explain_end(self) -> str:
-        """Why a worker is gone; "" while all are there."""
+        """Why a worker is gone; "" while all are there. Waits a moment for the news of an end to arrive."""
+        wait([process.sentinel for process in self.processes], END_IS_KNOWN_S)
         ended = [process for process in self.processes if process.exitcode is not None]
         if not ended:
             return ""

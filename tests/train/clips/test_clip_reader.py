@@ -138,6 +138,13 @@ def test_a_caption_of_another_schema_or_clip_is_named(copy, reader, changes, rea
         reader.load(ClipIndex.open(copy).row(2), 0)
 
 
+def test_captions_that_were_written_after_the_index_are_told_so(copy, reader):
+    path = copy / "captions" / "truth" / "000000.jsonl"
+    path.write_bytes(b"\n" + path.read_bytes())
+    with pytest.raises(BrokenSample, match="written after the index, write the index again"):
+        reader.caption(ClipIndex.open(copy).row(2))
+
+
 def test_a_caption_nested_without_end_is_broken_and_no_crash(copy, reader):
     path = copy / "captions" / "truth" / "000000.jsonl"
     path.write_bytes(b"[" * 200_000)

@@ -16,8 +16,9 @@ from train.clips.workers import prefetch_per_worker
 
 ROOT = Path(__file__).parents[3]
 SCRIPT = """
-import os, signal, sys, time
+import multiprocessing, os, signal, sys, time
 from pathlib import Path
+import torch
 from train.clips.loader import ClipBatch, PlannedLoader
 from train.clips.quarantine import Quarantine
 
@@ -27,7 +28,7 @@ class Clips:
             os.kill(os.getpid(), signal.SIGKILL)
         if number == 2 and sys.argv[1] == "hangs":
             time.sleep(600)
-        return ClipBatch([], 1, number)
+        return ClipBatch([torch.zeros(1000)], 1, number)
 
 if __name__ == "__main__":
     loader = PlannedLoader(
@@ -37,6 +38,10 @@ if __name__ == "__main__":
     try:
         for batch in loader:
             print(batch.next_position, os.getpid(), flush=True)
+            if sys.argv[1] == "is killed" and batch.next_position == 1:
+                time.sleep(1)  # its next packs are ready, and are fetched from it
+                for worker in multiprocessing.active_children():
+                    worker.kill()
             if sys.argv[1] == "hangs" and batch.next_position == 1:
                 raise ValueError("the training loop failed")
             time.sleep(0.02)
@@ -89,8 +94,9 @@ def wait_for(condition, timeout_s: float = 60) -> None:
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_an_error_in_one_line_and_no_hang(start):
-    process = start("dies")
+@pytest.mark.parametrize("how", ["dies", "is killed"])
+def test_a_worker_that_is_killed_is_an_error_in_one_line_and_no_hang(start, how):
+    process = start(how)
     output, _ = process.communicate(timeout=180)
     assert process.returncode == 1
     assert "was killed (SIGKILL), as the kernel does where memory runs out" in output
