@@ -62,7 +62,15 @@ def read_sample_stories(index: ClipIndex, num_stories: int) -> list[SampleStory]
         except BrokenSample as error:
             log.warning("no sample of a broken clip: %s", error)
         if len(stories) == num_stories:
-            break
+            return stories
+    if stories:
+        log.warning(
+            "samples.num_stories=%d, found %d among the %d clips for samples that have a multi-event caption "
+            "and frames of the first one's size",
+            num_stories,
+            len(stories),
+            len(index),
+        )
     return stories
 
 
