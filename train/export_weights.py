@@ -1,4 +1,4 @@
-"""Writes the newest checkpoint of a run: a model folder for infer/ and init_from=, or what others read.
+"""Writes a checkpoint of a run, by default its newest: a model folder for infer/, or for others.
 
 python train/export_weights.py run_dir=runs/s3 out=models/story-world dtype=bfloat16
 python train/export_weights.py run_dir=runs/lora out=models/adapter format=lora
@@ -21,7 +21,7 @@ from storyanchors.lora import LORA_FILE, has_lora, merge_lora, save_lora
 from storyanchors.output_folder import check_output_folder, output_folder
 from train.parts import CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
 from train.run_folder import read_network, read_provenance, read_settings, stage_history
-from train.saving.checkpoints import Checkpoint, newest_checkpoint
+from train.saving.checkpoints import Checkpoint, checkpoint_to_take
 
 MADE_WITH = {"story-model": MODEL_FILE, "lora": LORA_FILE, "diffusers-wan": STORY_PARTS}  # by format
 PROVENANCE = "provenance.json"  # of the formats that have no file of their own for it
@@ -36,6 +36,7 @@ class ExportWeightsConfig:
     format: str = "story-model"
     verify: bool = False  # diffusers-wan: compare one forward of stock diffusers with ours
     which: str = "ema"  # ema | model
+    step: int | None = None  # of the checkpoint; None = the newest, which must be sound
     dtype: str = "float32"  # float32 | bfloat16
     num_steps: int | None = None  # what the model folder recommends; None = the run's samples.num_steps
     guidance_scale: float | None = None
@@ -55,9 +56,8 @@ def main(config: ExportWeightsConfig) -> None:
     run_dir = Path(config.run_dir)
     check_output_folder(config.out, made_with=MADE_WITH[config.format])
     settings = read_settings(run_dir)
-    checkpoint = newest_checkpoint(run_dir, config.which)
-    if checkpoint is None:
-        raise ValueError(f"{run_dir} has no complete checkpoint under checkpoints/")
+    name = None if config.step is None else f"step_{config.step:08d}"
+    checkpoint = checkpoint_to_take(run_dir, config.which, name=name, option="step={step}")
     try:
         model = ModelConfig(**settings["model"])
     except TypeError as error:

@@ -22,6 +22,7 @@ from storyanchors.weights import load_base_weights, load_story_dit
 from train.saving.checkpoints import (
     NEWEST,
     Checkpoint,
+    checkpoint_to_take,
     expected_step,
     find_fault,
     list_checkpoints,
@@ -31,6 +32,7 @@ from train.saving.checkpoints import (
     set_aside,
     weights_sha256,
 )
+from train.saving.naming_errors import naming_errors
 
 log = logging.getLogger(__name__)
 
@@ -222,20 +224,24 @@ def read_network(run_dir: Path, checkpoint: Checkpoint, which: str) -> StoryDiT:
 def read_init_from(
     path: str | Path, dit_config: dict[str, Any], preset: str, base: dict[str, Any] | None
 ) -> HandedOver:
-    """The EMA weights of a run folder, or the transformer of a model folder.
+    """The EMA weights of a run folder or of one of its checkpoints, or the transformer of a model folder.
 
     base describes what the new run trains a LoRA of, None = all weights. A LoRA is handed over to the next
     one as it is, and to a run that trains all weights merged into its base.
-    ValueError when the folder is neither kind, has no complete checkpoint, or does not fit the new run.
+    ValueError when the folder is none of these, its newest checkpoint cannot be used, or it does not fit the
+    new run.
     """
     path = Path(path)
     if (path / CONFIG).is_file():
-        handed_over = _from_run(path, merged=base is None)
+        handed_over = _from_run(path, None, merged=base is None)
+    elif path.parent.name == "checkpoints" and (path.parents[1] / CONFIG).is_file():
+        handed_over = _from_run(path.parents[1], path.name, merged=base is None)
     elif (path / MODEL_FILE).is_file():
         handed_over = _from_model(path)
     else:
         raise ValueError(
-            f"init_from {path} is neither a run folder ({CONFIG}) nor a model folder ({MODEL_FILE})"
+            f"init_from {path} is neither a run folder ({CONFIG}), one of its checkpoints, nor a model "
+            f"folder ({MODEL_FILE})"
         )
     for name, expected in dit_config.items():
         found = handed_over.dit_config.get(name)
@@ -248,10 +254,8 @@ def read_init_from(
     return handed_over
 
 
-def _from_run(run_dir: Path, *, merged: bool) -> HandedOver:
-    checkpoint = newest_checkpoint(run_dir, "ema")
-    if checkpoint is None:
-        raise ValueError(f"init_from {run_dir} has no complete checkpoint under checkpoints/")
+def _from_run(run_dir: Path, name: str | None, *, merged: bool) -> HandedOver:
+    checkpoint = checkpoint_to_take(run_dir, "ema", name=name, option="init_from={folder}")
     step = checkpoint.state.step
     source = {"path": str(run_dir), "step": step, "which": "ema", "sha256": checkpoint.sha256("ema")}
     history, base = stage_history(run_dir, step), read_provenance(run_dir).get("base")
@@ -284,11 +288,12 @@ def plain_config(dit: StoryDiT) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that loses power leaves the name without the content
-    os.replace(temporary, path)
+    with naming_errors(f"write {path}"):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power leaves the name without the content
+        os.replace(temporary, path)
 
 
 def _check_settings(earlier: dict[str, Any], settings: dict[str, Any], where: Path) -> None:

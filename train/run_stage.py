@@ -80,11 +80,18 @@ from train.run_folder import (
     write_provenance,
     write_settings,
 )
-from train.saving.checkpoints import Checkpoint, CheckpointConfig, load_trained_weights
-from train.saving.run_checkpoints import RunCheckpoints
+from train.saving.checkpoints import (
+    Checkpoint,
+    CheckpointConfig,
+    find_damage,
+    hashed_files,
+    load_trained_weights,
+)
+from train.saving.naming_errors import naming_errors
+from train.saving.run_checkpoints import RunCheckpoints, remove_requests
 from train.saving.run_lock import run_lock
 from train.stage import CAPTION_KINDS, StageConfig
-from train.story_module import StoryModule
+from train.story_module import NonFiniteGradients, StoryModule
 from train.watching.callbacks import MetricsLog, StageProgress
 from train.watching.dashboards import DASHBOARDS
 from train.watching.held_out_loss import HeldOutConfig, HeldOutLoss
@@ -109,7 +116,7 @@ class RunStageConfig:
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
     run_dir: str = MISSING
-    init_from: str | None = None  # run or model folder whose weights this stage begins with
+    init_from: str | None = None  # run, one of its checkpoints, or model folder to begin with
     resume: str = "auto"  # auto | never
     seed: int = 0
     logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
@@ -148,12 +155,31 @@ def main(config: RunStageConfig) -> None:
     with run_lock(run_dir) if rank_zero_only.rank == 0 else nullcontext():
         config = with_pinned_packs(config)
         resume_from = start_or_resume(run_dir, asdict(config), resume=config.resume)
-        if resume_from and resume_from.state.step >= num_steps:
+        if rank_zero_only.rank == 0:
+            remove_requests(run_dir)
+        if resume_from and has_done(resume_from, num_steps):
             report(f"{run_dir} has done its {num_steps} steps: {resume_from.folder}")
             return
         with StopFlag() as stop, hardware_faults():
             train(config, resume_from, stop)
     report(f"{run_dir}: {num_steps} steps of stage {config.stage.name} done")
+
+
+def has_done(checkpoint: Checkpoint, num_steps: int) -> bool:
+    """Whether a stage has come to its end, and all of that is sound; else training chooses an older one.
+
+    Every rank compares the hashes by itself, before it has met the others: they find the same.
+    NonFiniteGradients where the last step was skipped.
+    """
+    state = checkpoint.state
+    if state.step < num_steps or find_damage(checkpoint.folder, hashed_files(checkpoint.folder)):
+        return False
+    if state.skipped_in_a_row:
+        raise NonFiniteGradients(
+            f"{checkpoint.folder} is no end of a stage: its last {state.skipped_in_a_row} steps had no "
+            "finite gradient and were skipped"
+        )
+    return True
 
 
 def dry_run(config: RunStageConfig) -> str:
@@ -327,7 +353,8 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     if codec.spatial_stride != (expected := spatial_stride(config.model)):
         raise ValueError(f"model.codec has latents of {codec.spatial_stride} pixels, expected {expected}")
     if is_new and is_first:
-        save_own_parts(config.model, run_dir, codec, caption_encoder)
+        with naming_errors(f"write the codec and the caption encoder to {run_dir}"):
+            save_own_parts(config.model, run_dir, codec, caption_encoder)
         write_provenance(
             run_dir,
             stage=config.stage.name,

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class NonFiniteGradients(Unhealthy):
-    """The gradients of several steps in a row were not finite."""
+    """Gradients, or the weights and the average that they have made, are not finite."""
 
 
 class StoryModule(L.LightningModule):

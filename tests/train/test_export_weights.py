@@ -1,6 +1,7 @@
 """What a run has learned leaves it as a model folder, as an adapter, or for stock diffusers."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from storyanchors.generator import StoryGenerator
 from storyanchors.lora import LoraSettings, load_lora
 from storyanchors.story import Event, Story
 from storyanchors.weights import load_story_dit
-from train.run_folder import plain_config, read_network, write_provenance, write_settings
+from train.run_folder import plain_config, read_init_from, read_network, write_provenance, write_settings
 from train.saving.checkpoint_writer import CheckpointWriter, describe_state
 from train.saving.checkpoints import CheckpointConfig, TrainingState, newest_checkpoint, trained_weights
 from train.saving.tensor_ranges import TensorRange
@@ -76,6 +77,23 @@ def test_an_export_can_begin_another_stage(train, export, three_steps, tmp_path)
         tmp_path / "next", "stage=multi_event", f"init_from={tmp_path / 'model'}", "stage.steps=1"
     )
     assert (run_dir / "codec" / "codec.safetensors").is_file()
+
+
+def test_an_older_checkpoint_is_exported_or_handed_over_only_where_it_is_named(export, three_steps, tmp_path):
+    run_dir = shutil.copytree(three_steps, tmp_path / "run")
+    newest, older = (run_dir / "checkpoints" / f"step_0000000{step}" for step in (3, 2))
+    [average] = newest.glob("ema-*")
+    average.write_bytes(average.read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=r"step_00000003, the newest.* is damaged.* with step=2$"):
+        export(run_dir, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    export(run_dir, tmp_path / "model", "step=2")
+    history = json.loads((tmp_path / "model" / "story_model.json").read_text())["provenance"]["history"]
+    assert history[-1]["steps"] == 2
+    with pytest.raises(ValueError, match=f"is damaged.* with init_from={older}$"):
+        read_init_from(run_dir, {}, "tiny", None)
+    handed_over = read_init_from(older, {}, "tiny", None)
+    assert handed_over.source["step"] == 2 and handed_over.codec == run_dir / "codec"
 
 
 @pytest.mark.parametrize("kind", ["story-model", "lora", "diffusers-wan"])

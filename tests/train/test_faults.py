@@ -22,7 +22,7 @@ from pathlib import Path
 import pytest
 
 from conf import command
-from conf.command import HARDWARE, UNHEALTHY, run
+from conf.command import HARDWARE, STOPPED, UNHEALTHY, run
 from data_pipeline.build_index import build_index
 from train.run_stage import RunStageConfig, main
 from train.saving.checkpoints import newest_checkpoint
@@ -163,7 +163,8 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(start, three_steps,
 
 def test_a_checkpoint_of_another_network_is_refused_and_stays(start, three_steps, tmp_path):
     saved = unfinished(three_steps, tmp_path / "run")
-    status, line = start(tmp_path / "next", "model.num_layers=2", f"init_from={tmp_path / 'run'}")
+    saved_in = tmp_path / "run" / "checkpoints" / "step_00000002"
+    status, line = start(tmp_path / "next", "model.num_layers=2", f"init_from={saved_in}")
     assert status == 1 and re.search(r"num_layers=1, .* expects 2", line), line
     status, line = start(tmp_path / "run", "model.num_layers=2")
     assert status == 1 and re.search(r"num_layers=1, found .*num_layers=2", line), line
@@ -280,6 +281,18 @@ def test_the_first_rank_may_be_the_lost_one(launch, start, tmp_path):
         time.sleep(0.1)
     [line] = running.reasons()
     assert re.search(r"hardware: .*quiet: rank 0 on .* \(step \d+, ", line), line
+    assert complete_checkpoints(tmp_path / "run") and goes_on(start, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_all_ranks_at_once(launch, start, tmp_path):
+    running = launch(tmp_path / "run", *ENDLESS, *TWO)
+    running.wait_for_checkpoint()
+    for _ in range(2):
+        os.killpg(running.process.pid, signal.SIGINT)  # as a terminal does
+        time.sleep(0.005)
+    assert running.end() == STOPPED
+    assert all(line.startswith("stopped: ") for line in running.reasons()) and running.reasons()
     assert complete_checkpoints(tmp_path / "run") and goes_on(start, tmp_path / "run")
 
 

@@ -6,7 +6,7 @@ It is in place before torch is imported, seconds in which a signal would end the
 
 import os
 import signal
-from typing import Any
+from typing import Any, NoReturn
 
 from conf.verdict import STOPPED, write_verdict
 
@@ -14,7 +14,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopFlag:
-    """As a context: holds the first stop signal received inside; a second Ctrl-C interrupts at once."""
+    """As a context: holds the first stop signal received inside; a second Ctrl-C ends the process at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -37,7 +37,8 @@ class StopFlag:
 
     def _receive(self, number: int, frame: object) -> None:
         if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            # no KeyboardInterrupt: Lightning makes status 1 of it, and kills the other ranks
+            _leave("a second Ctrl-C; the same command goes on from the newest checkpoint")
         self.received = signal.Signals(number)
         os.write(2, f"\n{self.received.name}: stopping after this step and its checkpoint\n".encode())
 
@@ -55,9 +56,14 @@ def ignore_stop_signals() -> None:
 def leave_on_stop_signals() -> None:
     """For a command that has nothing to save: a stop signal ends it at once, to be started again."""
     for number in STOP_SIGNALS:
-        signal.signal(number, _leave)
+        signal.signal(number, _leave_before)
 
 
-def _leave(number: int, frame: object) -> None:
-    write_verdict(STOPPED, f"stopped: {signal.Signals(number).name}, before anything had begun")
+def _leave_before(number: int, frame: object) -> None:
+    _leave(f"{signal.Signals(number).name}, before anything had begun")
+
+
+def _leave(why: str) -> NoReturn:
+    os.write(2, f"\nstopped: {why}\n".encode())  # print may be what the signal has interrupted
+    write_verdict(STOPPED, f"stopped: {why}")
     os._exit(STOPPED)

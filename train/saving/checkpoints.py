@@ -120,6 +120,53 @@ def newest_checkpoint(run_dir: Path, *kinds: str) -> Checkpoint | None:
     return None
 
 
+def checkpoint_to_take(run_dir: Path, which: str, *, name: str | None, option: str) -> Checkpoint:
+    """What is exported or handed over: the checkpoint of this name, else the newest ever written.
+
+    ValueError where that one is gone or damaged, or is of a step that was skipped: an older one is less than
+    was trained, and taken only by its name. option says how, with {folder} and {step} to fill in.
+    """
+    if name is not None:
+        named = run_dir / "checkpoints" / name
+        if fault := _why_not(named, which):
+            raise ValueError(f"{named}: {fault}")
+        return Checkpoint(named)
+    if (newest := _newest_written(run_dir)) is None:
+        raise ValueError(f"{run_dir} has no complete checkpoint under checkpoints/")
+    fault = _why_not(newest, which) or _not_to_ship(Checkpoint(newest).state)
+    if fault is None:
+        return Checkpoint(newest)
+    whole = (folder for folder in list_checkpoints(run_dir) if _why_not(folder, which) is None)
+    sound = next((folder for folder in whole if not _not_to_ship(Checkpoint(folder).state)), None)
+    instead = ""
+    if sound:
+        step = int(sound.name.removeprefix("step_"))
+        instead = f", or take the newest sound one with {option.format(folder=sound, step=step)}"
+    raise ValueError(
+        f"{newest}, the newest checkpoint of {run_dir}, cannot be used: {fault}; start its run again{instead}"
+    )
+
+
+def _newest_written(run_dir: Path) -> Path | None:
+    """The newest checkpoint that there ever was, which may be gone."""
+    names = [folder.name for folder in list_checkpoints(run_dir)[:1]]
+    if (step := expected_step(run_dir)) is not None:
+        names.append(f"step_{step:08d}")
+    return run_dir / "checkpoints" / max(names) if names else None
+
+
+def _why_not(folder: Path, which: str) -> str | None:
+    if not folder.is_dir():
+        return "it is not there"
+    return find_fault(folder) or find_damage(folder, hashed_files(folder, which))
+
+
+def _not_to_ship(state: TrainingState) -> str | None:
+    if state.skipped_in_a_row:
+        return f"its last {state.skipped_in_a_row} steps had no finite gradient and were skipped"
+    return None
+
+
 def find_fault(folder: Path) -> str | None:
     """What is missing in a checkpoint folder or has another size, or None; only its JSON files are read."""
     try:

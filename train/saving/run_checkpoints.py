@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, Timer
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from train.saving.restore import (
 )
 from train.saving.tensor_ranges import TensorRange
 from train.stable_hash import stable_hash
-from train.story_module import StoryModule
+from train.story_module import NonFiniteGradients, StoryModule
 
 log = logging.getLogger(__name__)
 
@@ -146,6 +147,7 @@ class RunCheckpoints(Callback):
         """Copies this rank's state and starts to write it; waits for the save before, if one is in flight."""
         if self.writer.step is not None:
             self.finish_save()
+        self.check_finite(trainer, module)
         state = TrainingState(
             step=self.last_step,
             position=self.position,
@@ -159,6 +161,21 @@ class RunCheckpoints(Callback):
         texts = describe_state(state, plain_config(module.dit)) if trainer.is_global_zero else {}
         self.writer.begin(self.last_step, self.files(trainer.global_rank, module), texts)
         self.saved_step, self.last_save = self.last_step, time.monotonic()
+
+    def check_finite(self, trainer: L.Trainer, module: StoryModule) -> None:
+        """NonFiniteGradients on all ranks where what would be saved is not finite, or its end was skipped."""
+        own = [*(fragment.weights for fragment in module.trained.fragments), *module.ema.average]
+        [is_broken] = largest([int(not _all_finite(own))], trainer.strategy.root_device)
+        found = f"after step {self.last_step} of {trainer.max_steps}"
+        if is_broken:
+            raise NonFiniteGradients(
+                f"{found} weights or their average are not finite; nothing is saved of it"
+            )
+        if module.skipped_in_a_row and self.last_step >= trainer.max_steps:
+            raise NonFiniteGradients(
+                f"{found} the stage is not done: its last {module.skipped_in_a_row} steps had no finite "
+                "gradient and were skipped; the end is not saved"
+            )
 
     def files(self, rank: int, module: StoryModule) -> dict[str, list[TensorRange]]:
         """What this rank writes; of what all ranks hold, the first one writes everything."""
@@ -197,6 +214,20 @@ class RunCheckpoints(Callback):
             kind = HardwareFault if failed.errno in TRANSIENT else OSError
             raise kind(f"{failed.error}. The older checkpoints are whole; the same command goes on from them")
         self.writer.release()
+
+
+def remove_requests(run_dir: Path) -> None:
+    """What an earlier start was asked for and did not come to would end this one after its first step."""
+    for name in (SAVE, SAVE_QUIT):
+        with suppress(FileNotFoundError):
+            (run_dir / name).unlink()
+            log.info("removed %s: it was asked of an earlier start", run_dir / name)
+
+
+def _all_finite(tensors: list[Tensor]) -> bool:
+    """Of one device; by smallest and largest numbers, which needs no memory and one wait for the device."""
+    bounds = [bound for tensor in tensors if len(tensor) for bound in torch.aminmax(tensor)]
+    return not bounds or bool(torch.stack(bounds).isfinite().all())
 
 
 def _of_others(ranges: list[TensorRange], values: list[Tensor], prefix: str = "") -> list[TensorRange]:

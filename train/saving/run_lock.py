@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from train.saving.naming_errors import naming_errors
+
 log = logging.getLogger(__name__)
 
 LOCK = ".lock"
@@ -28,10 +30,13 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         if folder.is_file():
             raise NotADirectoryError(f"run_dir {run_dir}: {folder} is a file, expected a folder")
     is_new = not run_dir.exists()
-    run_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    with naming_errors(f"make run_dir {run_dir}"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    with naming_errors(f"write {run_dir / LOCK}"):
+        descriptor = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        _lock(descriptor, run_dir)
+        with naming_errors(f"write {run_dir / LOCK}"):
+            _lock(descriptor, run_dir)
         try:
             yield
         finally:

@@ -24,13 +24,25 @@ def test_a_signal_sets_the_flag_and_the_old_handlers_come_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_only_a_second_ctrl_c_interrupts():
-    with StopFlag() as stop:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        assert stop.received == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def test_only_a_second_ctrl_c_ends_the_process_past_all_that_catch_interrupts(tmp_path):
+    code = """if True:
+        import os, signal, sys
+        from train.processes.stop_signals import StopFlag
+        with StopFlag() as stop:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+            print(stop.received.name, flush=True)
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:  # Lightning's Trainer.fit: it would be status 1
+                sys.exit(1)
+    """
+    environment = os.environ | {"STORYANCHORS_VERDICTS": str(tmp_path)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (ended.returncode, ended.stdout) == (75, "SIGTERM\n")
+    assert "\nstopped: a second Ctrl-C; the same command goes on" in ended.stderr
+    [verdict] = tmp_path.iterdir()
+    assert verdict.read_text().startswith("75 stopped: a second Ctrl-C")
 
 
 def test_what_came_while_the_command_was_importing_is_not_forgotten():

@@ -12,6 +12,7 @@ from train.saving.checkpoints import (
     Checkpoint,
     CheckpointConfig,
     TrainingState,
+    checkpoint_to_take,
     expected_step,
     find_damage,
     find_fault,
@@ -28,10 +29,10 @@ from train.saving.tensor_ranges import TensorRange
 MODEL, OPTIMIZER = "model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors"
 
 
-def write(run_dir, step: int) -> Checkpoint:
+def write(run_dir, step: int, skipped: int = 0) -> Checkpoint:
     kinds = ("model", "ema", "optimizer")
     values = torch.full((6,), float(step))
-    state = TrainingState(step, 2 * step, step, step, 0, 0, "continuation", "tiny")
+    state = TrainingState(step, 2 * step, step, step, skipped, 0, "continuation", "tiny")
     writer = CheckpointWriter(run_dir, "attempt")
     files = {
         f"{kind}-00000-of-00001.safetensors": [TensorRange("weight", (3, 2), 0, values)] for kind in kinds
@@ -200,3 +201,37 @@ def test_what_is_left_out_of_the_hash_does_not_change_it():
     with torch.no_grad():
         net[0].weight.zero_()
     assert weights_sha256(net, leave_out=("0",)) == first != weights_sha256(net)
+
+
+def take(run_dir, name: str | None = None) -> int:
+    option = "step={step}"
+    return checkpoint_to_take(run_dir, "model", name=name, option=option).state.step
+
+
+def test_what_is_shipped_is_the_newest_ever_written_or_what_was_named(tmp_path):
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        take(tmp_path)
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "checkpoints" / "step_00000003" / OPTIMIZER).write_bytes(b"\0" * 999)  # another size
+    assert take(tmp_path, "step_00000002") == 2
+    with pytest.raises(ValueError, match=r"step_00000003, the newest .*optimizer.* sound one with step=2$"):
+        take(tmp_path)
+    set_aside(tmp_path / "checkpoints" / "step_00000003")
+    with pytest.raises(ValueError, match=r"step_00000003, .*it is not there.* with step=2$"):
+        take(tmp_path)
+    flipped_bit(tmp_path / "checkpoints" / "step_00000002")
+    with pytest.raises(ValueError, match=r"it is not there.* with step=1$"):
+        take(tmp_path)
+    with pytest.raises(ValueError, match=r"step_00000002: model.* is damaged"):
+        take(tmp_path, "step_00000002")
+    write(tmp_path, 4)
+    assert take(tmp_path) == 4
+
+
+def test_the_end_of_a_run_that_diverged_is_not_shipped_unless_named(tmp_path):
+    write(tmp_path, 1)
+    write(tmp_path, 2, skipped=1)
+    with pytest.raises(ValueError, match=r"its last 1 steps had no finite gradient.* with step=1$"):
+        take(tmp_path)
+    assert take(tmp_path, "step_00000002") == 2

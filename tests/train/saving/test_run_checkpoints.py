@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 
 from conf.command import HardwareFault, Stopped
+from train.ema import Ema
 from train.saving import checkpoint_writer, run_checkpoints
 from train.saving.checkpoints import MANIFEST, newest_checkpoint
+from train.story_module import NonFiniteGradients
 
 ROOT = Path(__file__).parents[3]
 STAGE_3 = ["stage=continuation", "checkpoint.every_n_steps=1", "checkpoint.keep_last=3"]
@@ -52,6 +55,45 @@ def test_a_damaged_checkpoint_is_named_set_aside_and_made_again(train, three_ste
     assert f"going on from {two_steps / 'checkpoints' / 'step_00000001'}" in caplog.text
     assert (two_steps / "checkpoints" / "damaged_step_00000002").is_dir()
     assert bits(two_steps, 2) == bits(three_steps, 2) and bits(two_steps, 3) == bits(three_steps, 3)
+
+
+def test_a_finished_run_whose_end_is_damaged_makes_it_again(train, three_steps, tmp_path, capsys):
+    run_dir = shutil.copytree(three_steps, tmp_path / "run")
+    flip_a_bit(run_dir / "checkpoints" / "step_00000003")
+    train(run_dir, *STAGE_3)
+    assert "has done its 3 steps" not in capsys.readouterr().out
+    assert (run_dir / "checkpoints" / "damaged_step_00000003").is_dir()
+    assert bits(run_dir, 3) == bits(three_steps, 3)
+
+
+def test_a_run_whose_last_step_is_skipped_is_not_done(train, tmp_path):
+    more = [*STAGE_3, "stage.steps=2", "optimizer.lr=1e30"]  # the second step has no finite gradient
+    for _ in range(2):
+        with pytest.raises(NonFiniteGradients, match="after step 2 of 2 the stage is not done: its last 1"):
+            train(tmp_path / "run", *more)
+        assert steps(tmp_path / "run") == [1]
+
+
+def test_a_stage_cut_short_at_a_skipped_step_is_not_done_either(train, tmp_path):
+    with pytest.raises(NonFiniteGradients):
+        train(tmp_path / "run", *STAGE_3, "stage.steps=3", "optimizer.lr=1e30")
+    assert steps(tmp_path / "run") == [1, 2]
+    with pytest.raises(NonFiniteGradients, match="step_00000002 is no end of a stage: its last 1"):
+        train(tmp_path / "run", *STAGE_3, "stage.steps=2", "optimizer.lr=1e30")
+
+
+def test_an_average_that_is_not_finite_is_never_saved(train, tmp_path, monkeypatch):
+    update = Ema.update
+
+    def spoil(self):
+        update(self)
+        if self.num_updates == 2:
+            self.average[0][0] = float("nan")
+
+    monkeypatch.setattr(Ema, "update", spoil)
+    with pytest.raises(NonFiniteGradients, match="after step 2 of 3 weights or their average are not finite"):
+        train(tmp_path / "run", *STAGE_3)
+    assert steps(tmp_path / "run") == [1]
 
 
 @pytest.mark.parametrize("kind", ["state.json", "optimizer"])
@@ -128,6 +170,29 @@ def test_touch_save_quit_saves_and_ends(train, tmp_path, monkeypatch):
         train(tmp_path / "run", "stage=continuation", "stage.steps=5")
     assert steps(tmp_path / "run") == [2]
     assert not (tmp_path / "run" / "save_quit").exists()
+
+
+def test_what_an_earlier_start_was_asked_for_does_not_end_this_one(train, two_steps, caplog):
+    for name in ("save", "save_quit"):
+        (two_steps / name).touch()
+    with caplog.at_level("INFO"):
+        train(two_steps, *STAGE_3, "stage.steps=4")
+    assert (
+        f"removed {two_steps / 'save_quit'}" in caplog.text
+        and f"removed {two_steps / 'save'}:" in caplog.text
+    )
+    assert steps(two_steps)[-1] == 4
+
+
+def test_a_disk_that_is_full_at_the_start_is_named_with_what_was_written(train, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # which fails a write as a full disk does
+    for size, name in ((0, r"run/\.lock"), (1000, "the codec and the caption encoder to .*run")):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            with pytest.raises(OSError, match=f"could not write .*{name}: .*File too large"):
+                train(tmp_path / "run", "stage=continuation")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_the_trainers_time_limit_saves_and_says_so(train, tmp_path):

@@ -1,5 +1,6 @@
 """A second job on the same run folder is refused and told who is there; a dead one leaves no lock."""
 
+import errno
 import os
 import signal
 import socket
@@ -61,3 +62,12 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path):
         run_lock(tmp_path / "run"),
     ):
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_named():
+    with (
+        pytest.raises(OSError, match="could not make run_dir /proc/no-run: ") as error,
+        run_lock(Path("/proc/no-run")),
+    ):
+        pass
+    assert error.value.errno == errno.ENOENT
