@@ -2,7 +2,7 @@
 # Submits the three stages, each to begin with the weights of the one before when that has ended well.
 #
 #   slurm/all_stages.sh runs/story -N 8 -p gpu -- model=wan-1.3b cluster=zero2 data.dataset=DATASET \
-#     data.clips_per_batch=256
+#     data.clips_per_batch=256 data.max_tokens=172800
 #
 # Words before -- go to sbatch, words after it to train/run_stage.py. Prints the jobs. A stage that has done its steps
 # is not run again, so the same line goes on after a failure; one that ends in an error takes the later ones along.
