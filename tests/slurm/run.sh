@@ -66,21 +66,21 @@ for job in "${jobs[@]}"; do expect "job $job" "$(state "$job"), $(restarts "$job
 
 say "2. disturbed"
 stages disturbed
-wait_until 300 "step 5 of stage 1" has_step "$folder/disturbed/1_global_caption" 5
+wait_until 900 "step 5 of stage 1" has_step "$folder/disturbed/1_global_caption" 5
 sbatch --partition=high --nodes=64 --exclusive --output=/dev/null --wrap 'sleep 3' >/dev/null
 say "job ${jobs[0]} is preempted by a job for all nodes"
-wait_until 300 "step 6 of stage 2" has_step "$folder/disturbed/2_multi_event" 6
+wait_until 900 "step 6 of stage 2" has_step "$folder/disturbed/2_multi_event" 6
 victim=$(scontrol listpids "${jobs[1]}" n1 | awk '$3 == 1 || $4 == 0 {print $1}' | head -n 1)
 victim=${victim:-$(sed -n 's/.*"pid": \([0-9]*\).*/\1/p' "$folder/disturbed/2_multi_event/heartbeats/rank_00001.json")}
 say "job ${jobs[1]}: kill -9 of rank 1, $(tr '\0' ' ' <"/proc/$victim/cmdline" | grep -o 'train.run_stage')"
 kill -9 "$victim"
-wait_until 400 "step 6 of stage 3" has_step "$folder/disturbed/3_continuation" 6
+wait_until 900 "step 6 of stage 3" has_step "$folder/disturbed/3_continuation" 6
 touch "$folder/disturbed/3_continuation/save_quit"
 say "job ${jobs[2]}: touch save_quit"
-wait_until 120 "the job to be held" is_in_state "${jobs[2]}" PENDING
+wait_until 300 "the job to be held" is_in_state "${jobs[2]}" PENDING
 expect "why job ${jobs[2]} waits" "$(squeue -h -j "${jobs[2]}" -o %r)" "job requeued in held state"
 scontrol release "${jobs[2]}"
-wait_until 400 "the disturbed stages" has_ended "${jobs[2]}"
+wait_until 900 "the disturbed stages" has_ended "${jobs[2]}"
 for job in "${jobs[@]}"; do expect "job $job" "$(state "$job"), $(restarts "$job") restarts" "COMPLETED, 1 restarts"; done
 for job in "${jobs[@]}"; do
     while read -r line; do say "  log of job $job: $line"; done < <(
@@ -97,7 +97,7 @@ say "4. a wrong setting"
 slurm/all_stages.sh "$folder/wrong" -N 2 --ntasks-per-node=1 -- model=tiny optimizer.learning_rate=1 \
     data.dataset="$folder/stories" trainer.accelerator=cpu >"$folder/submitted"
 mapfile -t jobs < <(sed -n 's/.*: job \([0-9]*\).*/\1/p' "$folder/submitted")
-wait_until 200 "the last job" has_ended "${jobs[2]}"
+wait_until 900 "the last job" has_ended "${jobs[2]}"
 expect "job ${jobs[0]}" "$(state "${jobs[0]}"), $(restarts "${jobs[0]}") restarts" "FAILED, 0 restarts"
 expect "job ${jobs[1]}" "$(state "${jobs[1]}")" CANCELLED
 expect "job ${jobs[2]}" "$(state "${jobs[2]}")" CANCELLED
@@ -107,7 +107,7 @@ say "5. the production header on 64 nodes"
 exported=PYTHON,PYTHONPATH,OMP_NUM_THREADS,DS_ACCELERATOR # srun must hand on what env.sh sets all the same
 job=$(sbatch --parsable --nodes=64 --export=$exported --output="$folder/dry.log" slurm/train_stage.sbatch experiment=story_world \
     strategy=zero2 data.dataset="$folder/stories" data.clips_per_batch=1024 run_dir="$folder/dry" --dry-run)
-wait_until 300 "the dry run" has_ended "$job"
+wait_until 900 "the dry run" has_ended "$job"
 expect "job $job" "$(state "$job")" COMPLETED
 expect "ranks" "$(wc -l <"$folder/dry/slurm/job_$job/start_0/ranks.jsonl")" 512
 while read -r line; do say "  $line"; done < <(grep -vE '^  n([3-9]|[1-5][0-9]|6[0-2]):' "$folder/dry.log")
