@@ -12,7 +12,8 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from conf.command import read_config
-from train.estimate import Estimate, EstimateConfig
+from train.costs.estimated_run import Estimate, EstimateConfig
+from train.estimate import advice_lines, memory_lines, run_lines
 
 STEPS = {8: (2000, 4000, 2000), 64: (4000, 8000, 4000), 512: (2000, 4000, 2000)}  # of the three stages
 CLIPS = {8: 64, 64: 256, 512: 1024}  # of a step
@@ -47,8 +48,6 @@ def words_of(model: str, gpus: int, stage: int) -> list[str]:
     ]
     if sequence_parallel > 1:
         words.append(f"model.sequence_parallel={sequence_parallel}")
-    if model == "step-4b":
-        words.append("model.caption_encoder=CAPTIONS")
     return words
 
 
@@ -62,9 +61,8 @@ def main() -> None:
             hours.append(estimate.hours)
             if STAGES[stage] == "multi_event":
                 print(f"$ python -m train.estimate {' '.join(words)}")
-                print(
-                    "\n".join([*estimate.lines(), *estimate.memory_lines(), *estimate.advice()]), end="\n\n"
-                )
+                lines = [*run_lines(estimate), *memory_lines(estimate), *advice_lines(estimate)]
+                print("\n".join(lines), end="\n\n")
                 middle = estimate
         totals.append(_row(model, gpus, middle, hours))
     columns = ("network", "H100", "clips a step", "s a step", "MFU in all", "balance", "hours of each stage")

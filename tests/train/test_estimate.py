@@ -10,9 +10,10 @@ import pytest
 from safetensors.torch import load_file
 
 from conf.command import read_config
+from train.costs.estimated_run import Estimate, EstimateConfig
 from train.costs.memory_model import Network
 from train.costs.training_cost import checkpoint_bytes
-from train.estimate import Estimate, EstimateConfig, main
+from train.estimate import main
 
 WAN = ["stage=multi_event", "model=wan-1.3b", "cluster=zero2", "data.clips_per_batch=256"]
 PACKED = [*WAN, "data.packs_per_batch=64", "data.max_tokens=172800"]
@@ -53,14 +54,38 @@ def test_the_report_names_each_part_and_a_pack_that_fits(packed, capsys):
     assert 0 < most < 1_000_000 and "an estimate, not a measurement" in printed
 
 
-def test_what_does_not_fit_is_said_with_what_would_help(capsys):
-    words = ["stage=multi_event", "model=wan-14b", "cluster=zero2", "data.clips_per_batch=64"]
-    main(read_config(EstimateConfig, "run_stage", [*words, "data.packs_per_batch=64"]))
+def test_what_does_not_fit_ends_in_an_error_after_words_that_do(capsys):
+    words = ["stage=multi_event", "model=wan-14b", "cluster=zero3", "data.clips_per_batch=64"]
+    with pytest.raises(ValueError, match=r"^the run does not fit: [\d.]+ GiB of a GPU's 79 GiB$"):
+        main(read_config(EstimateConfig, "run_stage", words))
     printed = capsys.readouterr().out
     assert "DOES NOT FIT" in printed
-    most = {words: int(n) for words, n in re.findall(r"^  with (\S+) .*?(\d+)$", printed, re.MULTILINE)}
-    assert most["strategy=zero3"] > int(re.search(r"pack that fits: (\d+)", printed)[1])
-    assert most["all"] == max(most.values())
+    [line] = re.findall(
+        r"^  (model.sequence_parallel=8 data.*)    # 64.0 clips a step", printed, re.MULTILINE
+    )
+    main(read_config(EstimateConfig, "run_stage", [*words, *line.split()]))
+    assert ": fits" in capsys.readouterr().out
+
+
+def test_where_nothing_helps_it_says_so_and_how_many_gpus_would(capsys):
+    words = ["stage=multi_event", "model=wan-14b", "cluster=one_gpu", "gpus_per_node=1"]
+    with pytest.raises(ValueError, match="does not fit"):
+        main(read_config(EstimateConfig, "run_stage", words))
+    assert re.search(r"nothing makes it fit on 1 x 1 H100\nthe fewest GPUs", capsys.readouterr().out)
+
+
+def test_a_stop_has_time_for_a_step_and_a_save(packed):
+    save = checkpoint_bytes(Network.of(packed.config.model)) / 1e9
+    assert packed.stop_seconds == pytest.approx(packed.step.total + save + 60, abs=1)
+
+
+@pytest.mark.parametrize("preset", ["step-4b", "step-30b"])
+def test_a_preset_without_codec_or_captions_is_estimated_all_the_same(preset):
+    assert estimate("stage=multi_event", f"model={preset}", "gpu=H200").longest_clip > 0
+
+
+def test_the_tiny_preset_is_estimated_with_clips_of_its_size():
+    assert estimate("stage=multi_event", "model=tiny").longest_clip == 8 * 8 * 8
 
 
 def test_a_dataset_takes_the_place_of_the_mix(dataset, capsys):
@@ -80,6 +105,9 @@ def test_a_dataset_takes_the_place_of_the_mix(dataset, capsys):
         (["data.packs_per_batch=12"], "cannot be shared by 8"),
         (["data.max_tokens=5000"], "data.max_tokens=5000"),
         (["mix.sizes=[480x831]"], "480x831"),
+        (["mix.sizes=[]"], r"^mix.sizes is \[\], expected HEIGHTxWIDTH, as 480x832$"),
+        (["mix.frames=[]"], r"^mix.frames is \[\], expected numbers of at least 1$"),
+        (["mix.clips=0"], "mix.clips is 0"),
     ],
 )
 def test_wrong_words_are_refused(words, message):

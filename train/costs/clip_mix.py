@@ -1,7 +1,7 @@
 """A stand-in for a dataset that does not exist yet: clips of given sizes, as the data plan asks for them."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -9,6 +9,9 @@ from train.stable_hash import stable_hash
 
 NUM_DRAWN = 20_000  # clips of the stand-in; the plan's first batches need no more
 MULTIPLE = 16
+STORY_WORLD_FRAMES, STORY_WORLD_SIZES = [6, 7, 8], ["64x64"]  # of write_story_world: the tiny preset's
+VIDEO_FRAMES = list(range(6, 25))
+VIDEO_SIZES = ["480x832"] * 8 + ["832x480"] * 3 + ["624x624"] * 3 + ["720x1280"] * 6
 
 
 @dataclass
@@ -16,22 +19,28 @@ class ClipMixConfig:
     """Every number of frames and every size equally often: what is listed twice comes twice as often."""
 
     clips: int = 2_000_000
-    frames: list[int] = field(default_factory=lambda: list(range(6, 25)))
-    sizes: list[str] = field(  # HEIGHTxWIDTH
-        default_factory=lambda: ["480x832"] * 8 + ["832x480"] * 3 + ["624x624"] * 3 + ["720x1280"] * 6
-    )
+    frames: list[int] | None = None  # None: what the preset is made for
+    sizes: list[str] | None = None  # HEIGHTxWIDTH; None: likewise
 
     def __post_init__(self):
-        if self.clips < 1 or not self.frames or min(self.frames) < 1 or not self.sizes:
-            raise ValueError(
-                f"mix has {self.clips} clips of {self.frames} frames in {self.sizes}, expected some of each"
-            )
-        for size in self.sizes:
+        if self.clips < 1:
+            raise ValueError(f"mix.clips is {self.clips}, expected at least 1")
+        if self.frames is not None and min(self.frames, default=0) < 1:
+            raise ValueError(f"mix.frames is {self.frames}, expected numbers of at least 1")
+        if self.sizes is not None and not self.sizes:
+            raise ValueError("mix.sizes is [], expected HEIGHTxWIDTH, as 480x832")
+        for size in self.sizes or ():
             sides = re.fullmatch(r"([1-9]\d{1,3})x([1-9]\d{1,3})", size)
             if not sides or any(int(side) % MULTIPLE for side in sides.groups()):
                 raise ValueError(
                     f"mix.sizes has {size!r}, expected HEIGHTxWIDTH in multiples of {MULTIPLE}, as 480x832"
                 )
+
+    def frames_of(self, preset: str) -> list[int]:
+        return self.frames or (STORY_WORLD_FRAMES if preset == "tiny" else VIDEO_FRAMES)
+
+    def sizes_of(self, preset: str) -> list[str]:
+        return self.sizes or (STORY_WORLD_SIZES if preset == "tiny" else VIDEO_SIZES)
 
 
 @dataclass(frozen=True)
@@ -46,13 +55,12 @@ class ClipMix:
         self.columns = columns
 
     @classmethod
-    def draw(cls, config: ClipMixConfig, seed: int) -> "ClipMix":
+    def draw(cls, config: ClipMixConfig, preset: str, seed: int) -> "ClipMix":
         generator = np.random.Generator(np.random.Philox(key=stable_hash("clip mix", seed)))
-        sides = np.array([[int(side) for side in size.split("x")] for size in config.sizes])
+        sides = np.array([[int(side) for side in size.split("x")] for size in config.sizes_of(preset)])
         heights, widths = sides[generator.integers(len(sides), size=NUM_DRAWN)].T
-        return cls(
-            {"num_frames": generator.choice(config.frames, NUM_DRAWN), "height": heights, "width": widths}
-        )
+        num_frames = generator.choice(config.frames_of(preset), NUM_DRAWN)
+        return cls({"num_frames": num_frames, "height": heights, "width": widths})
 
     def __len__(self) -> int:
         return len(self.columns["num_frames"])

@@ -16,7 +16,8 @@ import torch
 
 from storyanchors.activation_checkpointing import activation_bytes, fitting_modes
 from storyanchors.dit import StoryDiT
-from storyanchors.lora import add_lora, cast_base
+from storyanchors.dit_config import StoryDiTConfig
+from storyanchors.lora import LoraSettings, add_lora, cast_base
 from storyanchors.wan_vae import FrameVae, FrameVaeConfig
 from train.parts import FITTED_CODEC, ModelConfig
 
@@ -43,10 +44,15 @@ class Network:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Network":
+        return cls._counted(config.dit_config, config.lora.rank)
+
+    @classmethod
+    @lru_cache(maxsize=8)
+    def _counted(cls, dit_config: StoryDiTConfig, lora_rank: int | None) -> "Network":
         with torch.device("meta"):
-            dit = StoryDiT(config.dit_config)
-            if config.lora.rank is not None:
-                add_lora(dit, config.lora)
+            dit = StoryDiT(dit_config)
+            if lora_rank is not None:
+                add_lora(dit, LoraSettings(lora_rank))
                 cast_base(dit, torch.bfloat16)
         parameters = list(dit.parameters())
         return cls(

@@ -22,6 +22,8 @@ SEQUENCE_PARALLEL_TAX = 0.05  # all-to-all inside a node
 JPEG_BYTES_PER_PIXEL = 0.78  # quality 95, 4:4:4: 406 kB at 960 x 544, of one film
 WAN_ENCODE_FLOPS_PER_PIXEL = 2.33e6  # of the codec that single frames need
 UMT5_FLOPS_PER_CAPTION = 5.8e12  # umt5-xxl, 512 tokens
+SAVE_BYTES_PER_S = 1e9  # that all nodes together write to a shared file system
+STOP_MARGIN_S = 60  # until all ranks have noticed the signal, agreed, and left
 
 
 @dataclass(frozen=True)
