@@ -7,18 +7,20 @@ Past `run` there are typed objects, no DictConfig, and nothing is ever instantia
 
 import dataclasses
 import difflib
+import inspect
+import json
 import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
@@ -29,6 +31,7 @@ from omegaconf.errors import (
 from conf.verdict import HARDWARE, STOPPED, UNHEALTHY, write_verdict
 
 CONF_DIR = Path(__file__).parent
+MANY_KEYS = 12  # too many for one line
 Config = TypeVar("Config")
 
 
@@ -85,13 +88,20 @@ def leave_at_once(status: int, reason: str) -> NoReturn:
 
 
 def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config:
-    """conf/<name>.yaml with overrides, as an object of the dataclass; ValueError for what does not fit it."""
+    """conf/<name>.yaml with overrides, as an object of the dataclass; ValueError for what does not fit it.
+
+    schema.WHERE_MISSING, where there is one, has values for keys that the files leave to the user (???).
+    """
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
     overrides = [re.sub(r"^--([a-z][a-z0-9_.-]*)$", _flag, argument) for argument in overrides]
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
         try:
-            config = OmegaConf.to_object(compose(config_name=name, overrides=overrides))
+            composed = compose(config_name=name, overrides=overrides)
+            for key, value in getattr(schema, "WHERE_MISSING", {}).items():
+                if OmegaConf.is_missing(*_place(composed, key)):
+                    OmegaConf.update(composed, key, value)
+            config = OmegaConf.to_object(composed)
         except MissingMandatoryValue as error:
             key = getattr(error, "full_key", None) or str(error)
             raise ValueError(f"{key}=... is missing and has no default (conf/{name}.yaml)") from error
@@ -99,6 +109,11 @@ def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config
             raise ValueError(_explain(error, name)) from error
     _check_added(config, name)
     return config
+
+
+def _place(config: DictConfig, key: str) -> tuple[DictConfig, str]:
+    section, _, name = key.rpartition(".")
+    return OmegaConf.select(config, section), name
 
 
 def _flag(match: re.Match[str]) -> str:
@@ -146,7 +161,12 @@ def _unknown(full_key: str, owner: type, name: str) -> str:
         return f"unknown key {full_key!r} for {name}; +{full_key}=... adds a key to {section}"
     keys = {known.rpartition(".")[2]: section + dot + known for known in reversed(_keys(owner))}
     near = difflib.get_close_matches(key, keys, n=1)
-    hint = f"did you mean {keys[near[0]]!r}?" if near else f"known keys: {', '.join(sorted(keys.values()))}"
+    if near:
+        hint = f"did you mean {keys[near[0]]!r}?"
+    elif len(keys) > MANY_KEYS:
+        hint = f"--help lists its {len(keys)} keys"
+    else:
+        hint = f"known keys: {', '.join(sorted(keys.values()))}"
     return f"unknown key {full_key!r} for {name}; {hint}"
 
 
@@ -160,7 +180,60 @@ def _keys(schema: type, prefix: str = "") -> list[str]:
 
 
 def _help(main: Callable, schema: type, name: str) -> str:
-    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), "", f"Keys (defaults: conf/{name}.yaml):"]
-    for key in _keys(schema):
-        lines.append(f"  {key}")
+    """The script's docstring, the groups of files in conf/, and every key with its default and meaning."""
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+    with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
+        defaults = compose(config_name=name)
+    in_file = _meanings((CONF_DIR / f"{name}.yaml").read_text(), indent=2)
+    lines = [(sys.modules[main.__module__].__doc__ or "").strip(), ""]
+    if groups := _groups(name):
+        lines += ["Groups of keys, files in conf/:", *(f"  {line}" for line in groups), ""]
+    lines += [
+        f"Keys with their defaults (conf/{name}.yaml; ??? has none):",
+        *_described(defaults, schema, in_file),
+    ]
     return "\n".join(lines)
+
+
+def _groups(name: str, at: str = "") -> list[str]:
+    """GROUP=DEFAULT   one | of | these, also of the groups that a default's file names in its turn."""
+    lines = []
+    for entry in OmegaConf.load(CONF_DIR / f"{name}.yaml").get("defaults", []):
+        for group, default in entry.items() if OmegaConf.is_dict(entry) else ():
+            folder = group.removeprefix("override ").lstrip("/").partition("@")[0]
+            options = " | ".join(sorted(path.stem for path in (CONF_DIR / folder).glob("*.yaml")))
+            key = group.lstrip("/").replace("@_here_", f"@{at}")
+            lines.append(f"{f'{key}={_written(default)}':38}  {options}")
+            lines += _groups(f"{folder}/{default}", folder) if default else []
+    return lines
+
+
+def _described(defaults: DictConfig, schema: type, in_file: dict[str, str], prefix: str = "") -> list[str]:
+    """KEY=DEFAULT   # MEANING: the comment of its field; of a plain mapping's keys the file's."""
+    lines, owners = [], schema.__mro__[-2::-1]
+    meanings = _meanings("\n".join(map(inspect.getsource, owners)), indent=4)
+    for field in dataclasses.fields(schema):
+        value = defaults._get_node(field.name)
+        if isinstance(field.type, type) and dataclasses.is_dataclass(field.type):
+            lines += _described(value, field.type, in_file, f"{prefix}{field.name}.")
+            continue
+        keys = [(f"{field.name}.{key}", value[key], in_file.get(key)) for key in _keys_inside(value)]
+        for key, default, meaning in keys or [(field.name, value, meanings.get(field.name))]:
+            lines.append(f"  {f'{prefix}{key}={_written(default)}':38}  {meaning or ''}".rstrip())
+    return lines
+
+
+def _keys_inside(value: Any) -> list[str]:
+    return list(value) if OmegaConf.is_dict(value) else []
+
+
+def _written(value: Any) -> str:
+    """As an argument would say it."""
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else getattr(value, "_val", value)
+    text = plain if isinstance(plain, str) else json.dumps(plain)
+    return text.replace('"', "")
+
+
+def _meanings(text: str, *, indent: int) -> dict[str, str]:
+    """The comment in the line of each key that is indented so far."""
+    return dict(re.findall(rf"^ {{{indent}}}(\w+): [^#\n]*(# .*)$", text, re.MULTILINE))

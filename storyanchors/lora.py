@@ -6,6 +6,7 @@ layout; its header holds rank and alpha, without which the same matrices mean an
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,11 @@ class LoraSettings:
 
     def __post_init__(self):
         if self.rank is not None and self.rank < 1:
-            raise ValueError(f"the rank of a LoRA is {self.rank}, expected at least 1")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ValueError(f"the alpha of a LoRA is {self.alpha}, expected more than 0")
+            raise ValueError(f"lora.rank is {self.rank}, expected at least 1")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ValueError(f"lora.alpha is {self.alpha}, expected a number above 0")
+        if self.alpha is not None and self.rank is None:
+            raise ValueError(f"lora.alpha is {self.alpha}, expected lora.rank with it")
 
 
 def add_lora(dit: StoryDiT, settings: LoraSettings, *, seed: int = 0) -> None:

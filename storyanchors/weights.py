@@ -163,7 +163,7 @@ def read_json(file: Path) -> dict:
 def _downloaded(reference: str, part: str) -> Path:
     match = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/([\w./-]+))?", reference)
     if match is None:
-        raise ValueError(f"found no folder {reference}")
+        raise ValueError(f"found no folder {reference}, which is no hub id (OWNER/NAME) either")
     repository, subfolder = match.groups()
     patterns = [f"{subfolder or part}/*.{ending}" for ending in ("json", "safetensors", "model", "txt")]
     if subfolder is None:  # the authors' own repositories keep the transformer at the top

@@ -9,6 +9,7 @@ import torch
 from omegaconf import MISSING
 from torch import Tensor
 
+from storyanchors.activation_checkpointing import MODES
 from storyanchors.caption_cache import CachedCaptions, PrecomputedCaptions
 from storyanchors.caption_encoder import WORDS, load_caption_encoder
 from storyanchors.clip import frames_to_tensor
@@ -23,6 +24,7 @@ from train.clips.clip_index import ClipIndex
 from train.clips.clip_reader import BrokenSample, ClipReader
 from train.clips.clip_stream import epoch_order
 from train.clips.quarantine import MAX_REPLACEMENTS
+from train.settings import above_zero, at_least, naming
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,19 @@ class ModelConfig:
     def __post_init__(self):
         if isinstance(self.lora, dict):  # as a run's config.yaml has it
             self.lora = LoraSettings(**self.lora)
+        sizes = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim")
+        at_least(1, self, "model.", "sequence_parallel", "pca_frames", *sizes)
+        above_zero(self, "model.", "sigma_shift")
+        if self.preset != MISSING:
+            with naming("model"):
+                self.dit_config  # noqa: B018 -- it checks its sizes
+        if self.activation_checkpointing not in MODES:
+            raise ValueError(
+                f"model.activation_checkpointing is {self.activation_checkpointing!r}, expected one of "
+                f"{', '.join(MODES)}"
+            )
+        if self.compile is not None:
+            check_backend(self.compile)
         if self.sequence_parallel != 1:
             check_degree(
                 self.sequence_parallel, self.dit_config.num_attention_heads, "model.sequence_parallel"
@@ -96,6 +111,13 @@ class ModelConfig:
         return replace(StoryDiTConfig.preset(self.preset), **sizes)
 
 
+def check_backend(name: str) -> None:
+    """ValueError for a name that torch.compile does not know."""
+    if name not in torch.compiler.list_backends(()):
+        usual = ", ".join(torch.compiler.list_backends())
+        raise ValueError(f"model.compile is {name!r}, expected null, inductor or another of {usual}")
+
+
 def build_dit(config: ModelConfig, seed: int, *, unfilled: bool = False) -> StoryDiT:
     """The network in float32: weights drawn from the seed, or unfilled, to be read from somewhere."""
     with torch.random.fork_rng(devices=[]):
@@ -103,16 +125,14 @@ def build_dit(config: ModelConfig, seed: int, *, unfilled: bool = False) -> Stor
         dit = StoryDiT.unfilled(config.dit_config) if unfilled else StoryDiT(config.dit_config)
     dit.set_activation_checkpointing(config.activation_checkpointing)
     if config.compile:
-        if config.compile not in torch.compiler.list_backends(()):
-            usual = ", ".join(torch.compiler.list_backends())
-            raise ValueError(f"model.compile is {config.compile!r}, expected inductor or another of {usual}")
         dit.compile_blocks(backend=config.compile)
     return dit
 
 
 def open_codec(config: ModelConfig, fitted: Path) -> Codec:
     """The codec that the config refers to; for pca the one that an earlier run has saved."""
-    return load_codec(fitted if config.codec == FITTED_CODEC else config.codec)
+    with naming("model.codec"):
+        return load_codec(fitted if config.codec == FITTED_CODEC else config.codec)
 
 
 def spatial_stride(config: ModelConfig) -> int:
@@ -132,7 +152,8 @@ def fit_codec(config: ModelConfig, index: ClipIndex, seed: int) -> PcaCodec:
 
 def open_caption_encoder(config: ModelConfig) -> CaptionEncoder:
     """The encoder that the config refers to, behind a cache where one is asked for."""
-    encoder = load_caption_encoder(config.caption_encoder)
+    with naming("model.caption_encoder"):
+        encoder = load_caption_encoder(config.caption_encoder)
     if isinstance(encoder, PrecomputedCaptions):
         encoder.read("")  # dropout and guidance ask for it: better now than after some steps
     if config.caption_cache is None:

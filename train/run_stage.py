@@ -67,6 +67,7 @@ from train.processes.launcher import launch_settings
 from train.processes.network_speed import PreflightConfig
 from train.processes.stop_signals import StopFlag, keep_handlers
 from train.processes.strategies import STRATEGIES, build_strategy
+from train.processes.trainer_settings import check_deepspeed, check_gpu, check_trainer
 from train.processes.world import World
 from train.run_folder import (
     CONFIG,
@@ -90,6 +91,7 @@ from train.saving.checkpoints import (
 from train.saving.naming_errors import naming_errors
 from train.saving.run_checkpoints import RunCheckpoints, remove_requests
 from train.saving.run_lock import run_lock
+from train.settings import above_zero, at_least, naming
 from train.stage import CAPTION_KINDS, StageConfig
 from train.story_module import NonFiniteGradients, StoryModule
 from train.watching.callbacks import MetricsLog, StageProgress
@@ -99,10 +101,7 @@ from train.watching.story_samples import SamplesConfig, StorySamples, read_sampl
 
 log = logging.getLogger(__name__)
 
-SET_BY_US = (
-    "max_steps", "max_epochs", "callbacks", "logger", "strategy", "default_root_dir", "enable_checkpointing",
-    "use_distributed_sampler", "log_every_n_steps", "gradient_clip_val", "accumulate_grad_batches",
-)  # fmt: skip
+LONGEST_TIMEOUT_S = 86400
 
 
 @dataclass
@@ -141,16 +140,26 @@ class RunStageConfig:
                 f"model.compile={self.model.compile} does not go with strategy=zero3, which gathers weights "
                 "between a block's operators: expected zero1 or zero2, or model.compile=null"
             )
-        if taken := sorted(set(self.trainer) & set(SET_BY_US)):
-            raise ValueError(f"trainer.{taken[0]} is set by run_stage from the other keys")
-        if self.log_every_n_steps < 1:
-            raise ValueError(f"log_every_n_steps is {self.log_every_n_steps}, expected at least 1")
+        if not self.run_dir.strip():
+            raise ValueError("run_dir is empty, expected a folder for this run")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected at least 0 and below 2^63")
+        if not 0 < self.collective_timeout_s <= LONGEST_TIMEOUT_S:
+            raise ValueError(
+                f"collective_timeout_s is {self.collective_timeout_s}, expected above 0 and at most "
+                f"{LONGEST_TIMEOUT_S}"
+            )
+        at_least(1, self, "", "log_every_n_steps")
+        above_zero(self, "", "peak_tflops")
+        check_trainer(self.trainer)
+        check_deepspeed(self.strategy, offload=self.offload, deepspeed=self.deepspeed)
 
 
 def main(config: RunStageConfig) -> None:
     if config.dry_run or config.plan_report:
         print(dry_run(config))
         return
+    check_gpu(config.trainer, config.strategy)
     run_dir, num_steps = Path(config.run_dir), config.stage.steps
     with run_lock(run_dir) if rank_zero_only.rank == 0 else nullcontext():
         config = with_pinned_packs(config)
@@ -223,7 +232,7 @@ def train(config: RunStageConfig, resume_from: Checkpoint | None, stop: StopFlag
     if stop.received:  # what is left until a time limit may not last for reading weights and a first step
         raise Stopped(f"{stop.received.name} before the weights were read; the same command begins again")
     module = build_module(config, train_clips, is_new=resume_from is None)
-    dtype = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}.get(trainer.precision, torch.float32)
+    dtype = torch.bfloat16 if trainer.precision == "bf16-mixed" else torch.float32
     if has_lora(module.dit):
         cast_base(module.dit, dtype)
     log_network(module.dit, trainer.strategy.root_device, dtype)
@@ -317,7 +326,9 @@ def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
         check_files(clips.files())
     clips = clips.with_caption(config.stage.caption)
     kinds = CAPTION_KINDS if config.stage.other_caption_share else (config.stage.caption,)
-    clips = leave_out_uncuttable(clips, kinds, load_token_counter(config.model.caption_encoder))
+    with naming("model.caption_encoder"):
+        counter = load_token_counter(config.model.caption_encoder)
+    clips = leave_out_uncuttable(clips, kinds, counter)
     train_clips, held_out = clips.split(config.data.holdout)
     if not len(train_clips):
         raise ValueError(f"data.holdout={config.data.holdout} leaves no clip of {clips} to train on")
@@ -333,13 +344,13 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     dit = build_dit(config.model, config.seed, unfilled=bool(is_read) or not is_first)
     handed_over = base = None
     if config.model.lora.rank is not None:  # also when a run goes on: its checkpoints hold the LoRA alone
-        log.info("%s", load_base_weights(dit, config.model.base_weights))
+        load_base(dit, config.model.base_weights)
         base = describe_base(dit, config.model.base_weights, config.model.lora)
         if not is_new:
             check_base(base, read_provenance(run_dir)["base"], run_dir)
         add_lora(dit, config.model.lora, seed=config.seed)
     elif is_first and is_new and config.model.base_weights and not config.init_from:
-        log.info("%s", load_base_weights(dit, config.model.base_weights))
+        load_base(dit, config.model.base_weights)
     if is_new and config.init_from:
         handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset, base)
         if is_first:
@@ -374,6 +385,11 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
         seed=config.seed,
         sequence_parallel=config.model.sequence_parallel,
     )
+
+
+def load_base(dit: StoryDiT, base_weights: str) -> None:
+    with naming("model.base_weights"):
+        log.info("%s", load_base_weights(dit, base_weights))
 
 
 def log_network(dit: StoryDiT, device: torch.device, dtype: torch.dtype) -> None:
@@ -416,6 +432,12 @@ def build_callbacks(
 
 def build_plan(config: RunStageConfig, clips: ClipIndex) -> tuple[ClipIndex, DataPlan]:
     """The plan, and the clips that its rows count."""
+    if config.data.clips_per_batch > len(clips):
+        log.warning(
+            "data.clips_per_batch=%d, and there are %d clips: a step meets a clip more than once",
+            config.data.clips_per_batch,
+            len(clips),
+        )
     return plan_clips(
         clips,
         config.data,

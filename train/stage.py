@@ -12,6 +12,7 @@ from torch import Tensor
 
 from storyanchors.conditioning import ClipConditions, MaskPolicy, sample_cond_mask
 from storyanchors.flow import sample_sigmas
+from train.settings import at_least
 from train.stable_hash import stable_hash
 
 CAPTION_KINDS = ("global", "multi_event")
@@ -33,10 +34,14 @@ class StageConfig:
     def __post_init__(self):
         if self.caption not in (*CAPTION_KINDS, MISSING):
             raise ValueError(f"stage.caption is {self.caption!r}, expected {' or '.join(CAPTION_KINDS)}")
-        if self.steps != MISSING and self.steps < 1:
-            raise ValueError(f"stage.steps is {self.steps}, expected at least 1")
-        if not 0 <= self.lr_scale < float("inf"):  # also for NaN
-            raise ValueError(f"stage.lr_scale is {self.lr_scale}, expected a number of at least 0")
+        if self.steps != MISSING:
+            at_least(1, self, "stage.", "steps")
+        at_least(0, self, "stage.", "lr_scale")
+        if self.name != MISSING and not any(policy.weight > 0 for policy in self.mask_policies):
+            raise ValueError(
+                f"stage.mask_policies is {self.mask_policies}, expected a policy of weight above 0: "
+                "[{name: none}] gives no frame"
+            )
         for name in ("other_caption_share", "caption_dropout", "conditions_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"stage.{name} is {getattr(self, name)}, expected a share between 0 and 1")

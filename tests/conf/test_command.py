@@ -38,7 +38,7 @@ class ToolConfig:
     part: PartConfig = field(default_factory=PartConfig)
     rules: list[RuleConfig] = field(default_factory=list)
     passed_on: dict[str, Any] = field(default_factory=dict)
-    num_steps: int = 10
+    num_steps: int = 10  # of the tool
     scale: float | None = None
     fast: bool = False
 
@@ -220,7 +220,20 @@ def test_help_shows_the_scripts_docstring_and_every_key(use_tool, flag):
     status, printed, _ = use_tool(raises(ValueError("not run")), flag)
     assert status == 0 and printed.startswith(__doc__)
     for key in ("part.path", "part.sizes", "rules", "num_steps", "scale", "fast"):
-        assert re.search(rf"^  {re.escape(key)}$", printed, re.MULTILINE)
+        assert re.search(rf"^  {re.escape(key)}=", printed, re.MULTILINE)
+
+
+def test_help_shows_defaults_meanings_and_groups(use_tool):
+    lines = [line.split() for line in use_tool(raises(ValueError("not run")), "--help")[1].splitlines()]
+    assert ["rule_set@_global_=few", "few", "|", "none"] in lines
+    assert ["num_steps=20", "#", "of", "the", "tool"] in lines  # the file's default, not the dataclass's
+    assert ["part.path=???"] in lines and ["part.sizes=[1,", "2]"] in lines and ["scale=null"] in lines
+
+
+def test_of_many_keys_only_the_number_is_said(use_tool, monkeypatch):
+    monkeypatch.setattr(command, "MANY_KEYS", 3)
+    error = use_tool(lambda config: None, "part.path=x", "qqq=1")[2]
+    assert error == "error: unknown key 'qqq' for use_tool; --help lists its 8 keys\n"
 
 
 def test_reading_settings_writes_nothing(monkeypatch, tmp_path_factory):

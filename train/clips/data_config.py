@@ -7,6 +7,7 @@ from omegaconf import MISSING
 
 from storyanchors.shard_store import check_setting
 from train.clips.clip_stream import Mix
+from train.settings import at_least
 
 
 @dataclass
@@ -38,13 +39,8 @@ class DataConfig:
 
     def __post_init__(self):
         self.mix = [share if isinstance(share, DatasetShare) else DatasetShare(**share) for share in self.mix]
-        for name in ("clips_per_batch", "packs_per_batch", "max_tokens", "look_ahead"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} is {value}, expected at least 1")
-        for name in ("num_workers", "prefetch_mb"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} is {getattr(self, name)}, expected at least 0")
+        at_least(1, self, "data.", "clips_per_batch", "packs_per_batch", "max_tokens", "look_ahead")
+        at_least(0, self, "data.", "num_workers", "prefetch_mb")
         for name in ("holdout", "max_broken_share"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}, expected at least 0 and below 1")

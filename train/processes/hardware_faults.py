@@ -1,6 +1,7 @@
 """Tells a machine's fault from the user's, by what torch raises."""
 
 import errno
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,9 @@ from train.processes.world import World
 TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ECONNRESET, errno.EREMOTEIO, errno.ENODEV}
 # gloo raises plain RuntimeErrors
 LOST_PEER = (
-    "gloo",
+    "gloo/transport/",
+    "gloo/rendezvous/",
+    "Gloo connectFullMesh failed",
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
@@ -64,4 +67,6 @@ def _where(error: Exception) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+    """Its first sentence, in ASCII: gloo adds advice for programmers, and an emoji."""
+    words = " ".join(str(error).encode("ascii", "ignore").decode().split("\n")[0].split())
+    return re.split(r"(?<=[a-z\])])[.!] ", words)[0]

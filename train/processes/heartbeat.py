@@ -107,7 +107,7 @@ class Heartbeat(Callback):
         except HardwareFault as fault:
             quiet = self._quiet_after_a_fault()
             self._end(f"{FAILED}: {fault}")
-            raise HardwareFault(f"{fault}; {quiet}" if quiet else str(fault)) from fault
+            raise HardwareFault(f"{quiet}; {fault}" if quiet else str(fault)) from fault
         except BaseException as error:
             self._end(f"{FAILED}: {error}")
             raise

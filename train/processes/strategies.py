@@ -14,11 +14,11 @@ import torch
 from lightning.fabric.utilities.seed import reset_seed
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
 STRATEGIES = ("auto", "ddp", "zero1", "zero2", "zero3")
-PRECISIONS = ("32-true", "bf16-mixed")
 START_TIMEOUT = timedelta(minutes=30)  # ranks that start wait for the slowest one, which reads the weights
 
 
@@ -44,10 +44,9 @@ def build_strategy(
         if trainer.get("accelerator") == "cpu" or not torch.cuda.is_available():
             os.environ["DS_ACCELERATOR"] = "cpu"  # read when deepspeed is imported
         settings = zero_settings(int(name[-1]), offload=offload, clip_norm=clip_norm, more=deepspeed)
+        if "zero_optimization" in deepspeed:
+            check_zero_optimization(settings["zero_optimization"])
         return ZeroStrategy(timedelta(seconds=timeout_s), config=settings)
-    if offload or deepspeed:
-        given = "offload=true" if offload else f"deepspeed.{next(iter(deepspeed))}"
-        raise ValueError(f"{given} is for strategy=zero1, zero2 or zero3, found strategy={name}")
     if name == "auto" and trainer.get("devices") == trainer.get("num_nodes") == 1:
         return "auto"
     return WholeStrategy(timedelta(seconds=timeout_s), gradient_as_bucket_view=True)
@@ -74,6 +73,18 @@ def zero_settings(stage: int, *, offload: bool, clip_norm: float, more: dict[str
         "zero_optimization": zero,
     }
     return _merged(ours, more)
+
+
+def check_zero_optimization(settings: dict[str, Any]) -> None:
+    """ValueError for what DeepSpeed would refuse when the network is already there."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValidationError as error:
+        [wrong, *_] = error.errors()
+        key = ".".join(map(str, wrong["loc"]))
+        raise ValueError(f"deepspeed.zero_optimization.{key}: {wrong['msg']}") from error
 
 
 def set_group_timeout(timeout: timedelta) -> None:
@@ -144,10 +155,6 @@ class ZeroStrategy(LimitedWaiting, DeepSpeedStrategy):
         self._init_deepspeed_distributed()
 
     def _format_config(self) -> None:
-        if self.precision_plugin.precision not in PRECISIONS:
-            raise ValueError(
-                f"trainer.precision is {self.precision_plugin.precision}, expected {' or '.join(PRECISIONS)}"
-            )
         self.precision_plugin = ZeroPrecision(self.precision_plugin.precision)
         self._format_batch_size_and_grad_accum_config()
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.saving.tensor_ranges import TensorRange, read_into, read_whole
+from train.settings import above_zero, at_least
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +38,8 @@ class CheckpointConfig:
     keep_every_n_steps: int | None = None  # these are saved too, and never removed
 
     def __post_init__(self):
-        for name in ("every_n_steps", "keep_last", "keep_every_n_steps"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"checkpoint.{name} is {value}, expected at least 1")
-        if self.every_minutes is not None and self.every_minutes <= 0:
-            raise ValueError(f"checkpoint.every_minutes is {self.every_minutes}, expected more than 0")
+        at_least(1, self, "checkpoint.", "every_n_steps", "keep_last", "keep_every_n_steps")
+        above_zero(self, "checkpoint.", "every_minutes")
 
     def is_due(self, step: int) -> bool:
         return step % self.every_n_steps == 0 or self.is_milestone(step)

@@ -26,6 +26,7 @@ from train.clips.clip_index import ClipIndex
 from train.clips.clip_reader import BrokenSample, ClipReader, caption_texts
 from train.clips.loader import ClipBatch
 from train.processes.agree import from_first, gather
+from train.settings import at_least
 from train.stable_hash import stable_hash
 from train.stage import draw_noise
 from train.story_module import StoryModule
@@ -43,8 +44,8 @@ class HeldOutConfig:
     quantiles: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])  # of training's sigmas
 
     def __post_init__(self):
-        if self.num_clips < 1:
-            raise ValueError(f"held_out.num_clips is {self.num_clips}, expected at least 1")
+        at_least(0, self, "held_out.", "every_n_steps")
+        at_least(1, self, "held_out.", "num_clips")
         if not self.quantiles or not all(0 < quantile < 1 for quantile in self.quantiles):
             raise ValueError(f"held_out.quantiles are {self.quantiles}, expected numbers between 0 and 1")
 

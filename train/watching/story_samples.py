@@ -21,6 +21,7 @@ from storyanchors.sequence_parallel import whole_sequences
 from train.clips.clip_index import CAPTION_COLUMNS, ClipIndex
 from train.clips.clip_reader import BrokenSample, ClipReader
 from train.clips.loader import ClipBatch
+from train.settings import at_least
 from train.story_module import StoryModule
 from train.watching.callbacks import MetricsLog
 
@@ -36,6 +37,10 @@ class SamplesConfig:
     num_steps: int = 20  # of the sampler
     guidance_scale: float = 2.0
     score_story_world: bool = False  # exact metrics, where the stories are the story world's
+
+    def __post_init__(self):
+        at_least(0, self, "samples.", "every_n_steps", "guidance_scale")
+        at_least(1, self, "samples.", "num_stories", "num_steps")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ HARDWARE = [
     TimeoutError(errno.ETIMEDOUT, "timed out"),
 ]
 NOT_HARDWARE = [
+    RuntimeError("the backend gloo does not know this option"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
     OSError(errno.ENOSPC, "No space left on device"),
     FileNotFoundError(errno.ENOENT, "No such file", "a.tar"),
@@ -43,6 +44,13 @@ def test_other_errors_pass(error):
     with pytest.raises(type(error)) as found, hardware_faults():
         raise error
     assert found.value is error
+
+
+def test_of_a_long_message_the_first_sentence_is_told_in_ascii():
+    text = "[/x/third_party/gloo/gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:1"
+    with pytest.raises(HardwareFault) as found, hardware_faults():
+        raise RuntimeError(f"{text}. \U0001f622 This may mean that ... \nand more")
+    assert str(found.value).endswith(f": {text}")
 
 
 def test_too_little_gpu_memory_is_for_the_user_to_mend():

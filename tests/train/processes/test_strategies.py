@@ -179,14 +179,6 @@ def test_auto_is_ddp_for_more_than_one_process_and_has_the_timeout():
     assert build_strategy("auto", trainer=CPU | {"devices": 1}, **SETTINGS) == "auto"
 
 
-@pytest.mark.parametrize(
-    ("more", "message"), [({"offload": True}, "offload=true"), ({"deepspeed": {"a": 1}}, r"deepspeed\.a")]
-)
-def test_settings_of_zero_without_zero_are_refused(more, message):
-    with pytest.raises(ValueError, match=f"{message} is for strategy=zero1"):
-        build_strategy("ddp", trainer=CPU, **(SETTINGS | more))
-
-
 def test_compiled_blocks_and_sharded_weights_are_refused_together(arguments):
     overrides = arguments("unused", "strategy=zero3", "model.compile=inductor")
     with pytest.raises(ValueError, match=r"model\.compile=inductor does not go with strategy=zero3"):
