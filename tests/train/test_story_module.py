@@ -7,6 +7,7 @@ import torch
 
 from storyanchors.caption_cache import PrecomputedCaptions
 from storyanchors.caption_encoder import WordEncoder
+from storyanchors.conditioning import MaskPolicy
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.story import Event, Story
 from train.clips.clip_index import ClipIndex
@@ -29,7 +30,7 @@ def module() -> StoryModule:
         StoryDiT(StoryDiTConfig(**SIZES)),
         FakeCodec(),
         WordEncoder(),
-        stage=StageConfig(name="s", caption="global", steps=1),
+        stage=StageConfig(name="s", caption="global", steps=1, mask_policies=[MaskPolicy()]),
         optimizer=OptimizerConfig(lr=0.1, max_skipped=2),
         ema=EmaConfig(),
         sigma_shift=1.0,

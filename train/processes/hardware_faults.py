@@ -1,7 +1,6 @@
 """Tells a machine's fault from the user's, by what torch raises."""
 
 import errno
-import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,4 +68,4 @@ def _where(error: Exception) -> str:
 def _first_line(error: Exception) -> str:
     """Its first sentence, in ASCII: gloo adds advice for programmers, and an emoji."""
     words = " ".join(str(error).encode("ascii", "ignore").decode().split("\n")[0].split())
-    return re.split(r"(?<=[a-z\])])[.!] ", words)[0]
+    return words.split(". ")[0]
