@@ -89,10 +89,11 @@ start_munge() {
 }
 
 stop_cluster() {
-    local folder=$1 file pids=() limit=$((SECONDS + 60))
+    local folder=$1 file jobs_left pids=() limit=$((SECONDS + 60))
     SLURM_CONF=$folder/slurm.conf timeout 30 scancel --user="$(id -un)" 2>/dev/null
     # a daemon that leaves first would leave slurmstepd and its ranks behind
-    while [ -n "$(SLURM_CONF=$folder/slurm.conf timeout 10 squeue --noheader 2>/dev/null)" ] && [ $SECONDS -lt $limit ]; do
+    until jobs_left=$(SLURM_CONF=$folder/slurm.conf timeout 30 squeue --noheader 2>/dev/null) && [ -z "$jobs_left" ]; do
+        [ $SECONDS -ge $limit ] && break
         sleep 0.5
     done
     for file in "$folder"/slurmd-*.pid "$folder"/ctld.pid "$folder"/munge/pid; do
