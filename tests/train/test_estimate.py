@@ -16,7 +16,7 @@ from train.costs.training_cost import checkpoint_bytes
 from train.estimate import main
 
 WAN = ["stage=multi_event", "model=wan-1.3b", "cluster=zero2", "data.clips_per_batch=256"]
-PACKED = [*WAN, "data.packs_per_batch=64", "data.max_tokens=172800"]
+PACKED = [*WAN, "data.packs_per_batch=64", "data.max_tokens=165000"]
 
 
 def estimate(*words: str) -> Estimate:

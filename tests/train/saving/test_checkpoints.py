@@ -142,7 +142,7 @@ def test_no_checkpoints_is_no_checkpoint(tmp_path):
     [
         ({"every_n_steps": 0}, "at least 1"),
         ({"keep_every_n_steps": 0}, "at least 1"),
-        ({"every_minutes": 0}, "more"),
+        ({"every_minutes": 0}, "above 0"),
     ],
 )
 def test_a_wrong_setting_is_one_clear_error(setting, message):
