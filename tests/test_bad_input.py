@@ -33,7 +33,7 @@ SCHEMAS = {
     "score_story_world": "infer.score_story_world.ScoreStoryWorldConfig",
     "compare_scores": "infer.compare_scores.CompareScoresConfig",
     "sample_frames": "data_pipeline.sample_frames.SampleFramesConfig",
-    "run_stage": "train.run_stage.RunStageConfig",
+    "run_stage": "train.run_config.RunStageConfig",
     "export_weights": "train.export_weights.ExportWeightsConfig",
 }
 SMALL_RUN = [

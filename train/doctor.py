@@ -133,7 +133,7 @@ def checks_of_run(arguments: list[str]) -> Iterator[Check]:
     """Of the settings, and of what they refer to."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # as in the job: what is not on disk now will not be there then
     read_config = importlib.import_module("conf.command").read_config
-    schema = importlib.import_module("train.run_stage").RunStageConfig
+    schema = importlib.import_module("train.run_config").RunStageConfig
     try:
         config = read_config(schema, "run_stage", arguments)
     except ValueError as error:

@@ -31,7 +31,7 @@ from train.processes.hardware_faults import hardware_faults
 from train.processes.meeting import Meeting, Watchdog
 from train.processes.network_speed import Speeds, find_slow, measure
 from train.processes.world import World
-from train.run_stage import RunStageConfig
+from train.run_config import RunStageConfig
 from train.saving.checkpoints import list_checkpoints
 
 COMPARED = ("torch", "lightning", "deepspeed", "diffusers", "transformers", "storyanchors")

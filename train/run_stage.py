@@ -16,24 +16,19 @@ import logging
 import math
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from omegaconf import MISSING
 
 from conf.command import HARDWARE, Stopped, leave_at_once, run
-from storyanchors.attention import describe_kernel
 from storyanchors.caption_encoder import load_token_counter
-from storyanchors.dit import StoryDiT
-from storyanchors.lora import add_lora, cast_base, has_lora
-from storyanchors.weights import load_base_weights
+from storyanchors.lora import cast_base, has_lora
 from train.clips.clip_costs import plan_clips
 from train.clips.clip_index import ClipIndex
 from train.clips.clip_reader import check_files
@@ -45,18 +40,7 @@ from train.clips.quarantine import Quarantine
 from train.clips.workers import prefetch_per_worker, start_worker_server
 from train.data_plan import DataPlan
 from train.dry_run import describe_run
-from train.ema import EmaConfig
-from train.optimizer import OptimizerConfig
 from train.parts import (
-    CODEC,
-    FITTED_CODEC,
-    ModelConfig,
-    build_dit,
-    check_parts,
-    fit_codec,
-    open_caption_encoder,
-    open_codec,
-    save_own_parts,
     spatial_stride,
 )
 from train.plan_report import describe_plan
@@ -64,95 +48,33 @@ from train.processes.data_ranks import DataRanks
 from train.processes.hardware_faults import hardware_faults
 from train.processes.heartbeat import Heartbeat
 from train.processes.launcher import launch_settings
-from train.processes.network_speed import PreflightConfig
 from train.processes.stop_signals import StopFlag, keep_handlers
-from train.processes.strategies import STRATEGIES, build_strategy
-from train.processes.trainer_settings import check_deepspeed, check_gpu, check_trainer
+from train.processes.strategies import build_strategy
+from train.processes.trainer_settings import check_gpu
 from train.processes.world import World
+from train.run_config import RunStageConfig
 from train.run_folder import (
     CONFIG,
-    check_base,
-    describe_base,
-    plain_config,
-    read_init_from,
-    read_provenance,
     read_settings,
     start_or_resume,
-    write_provenance,
     write_settings,
 )
+from train.run_start import build_module, log_network
 from train.saving.checkpoints import (
     Checkpoint,
-    CheckpointConfig,
     find_damage,
     hashed_files,
-    load_trained_weights,
 )
-from train.saving.naming_errors import naming_errors
 from train.saving.run_checkpoints import RunCheckpoints, remove_requests
 from train.saving.run_lock import run_lock
-from train.settings import above_zero, at_least, naming
-from train.stage import CAPTION_KINDS, StageConfig
+from train.settings import naming
+from train.stage import CAPTION_KINDS
 from train.story_module import NonFiniteGradients, StoryModule
 from train.watching.callbacks import MetricsLog, StageProgress
-from train.watching.dashboards import DASHBOARDS
-from train.watching.held_out_loss import HeldOutConfig, HeldOutLoss
-from train.watching.story_samples import SamplesConfig, StorySamples, read_sample_stories
+from train.watching.held_out_loss import HeldOutLoss
+from train.watching.story_samples import StorySamples, read_sample_stories
 
 log = logging.getLogger(__name__)
-
-LONGEST_TIMEOUT_S = 86400
-
-
-@dataclass
-class RunStageConfig:
-    stage: StageConfig = field(default_factory=StageConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    samples: SamplesConfig = field(default_factory=SamplesConfig)
-    held_out: HeldOutConfig = field(default_factory=HeldOutConfig)
-    run_dir: str = MISSING
-    init_from: str | None = None  # run, one of its checkpoints, or model folder to begin with
-    resume: str = "auto"  # auto | never
-    seed: int = 0
-    logger: str = "none"  # none | tensorboard | wandb, besides metrics.jsonl
-    log_every_n_steps: int = 10
-    peak_tflops: float | None = None  # of one device, for MFU; None = by its name, where that is known
-    strategy: str = "auto"  # auto | ddp | zero1 | zero2 | zero3
-    offload: bool = False  # ZeRO's masters and moments in the host's memory
-    collective_timeout_s: float = 600  # how long ranks wait for one that does not answer
-    trainer: dict[str, Any] = field(default_factory=dict)  # verbatim to L.Trainer
-    deepspeed: dict[str, Any] = field(default_factory=dict)  # over DeepSpeed's own settings
-    preflight: PreflightConfig = field(default_factory=PreflightConfig)  # read by train/preflight.py
-    plan_report: bool = False  # says what the plan makes of the clips, and ends
-    dry_run: bool = False  # says who would train on what, and ends
-
-    def __post_init__(self):
-        if self.logger not in DASHBOARDS:
-            raise ValueError(f"logger is {self.logger!r}, expected one of {', '.join(DASHBOARDS)}")
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy is {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        if self.strategy == "zero3" and self.model.compile:
-            raise ValueError(
-                f"model.compile={self.model.compile} does not go with strategy=zero3, which gathers weights "
-                "between a block's operators: expected zero1 or zero2, or model.compile=null"
-            )
-        if not self.run_dir.strip():
-            raise ValueError("run_dir is empty, expected a folder for this run")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed is {self.seed}, expected at least 0 and below 2^63")
-        if not 0 < self.collective_timeout_s <= LONGEST_TIMEOUT_S:
-            raise ValueError(
-                f"collective_timeout_s is {self.collective_timeout_s}, expected above 0 and at most "
-                f"{LONGEST_TIMEOUT_S}"
-            )
-        at_least(1, self, "", "log_every_n_steps")
-        above_zero(self, "", "peak_tflops")
-        check_trainer(self.trainer)
-        check_deepspeed(self.strategy, offload=self.offload, deepspeed=self.deepspeed)
 
 
 def main(config: RunStageConfig) -> None:
@@ -334,70 +256,6 @@ def open_clips(config: RunStageConfig) -> tuple[ClipIndex, ClipIndex]:
         raise ValueError(f"data.holdout={config.data.holdout} leaves no clip of {clips} to train on")
     log.info("%d clips to train on, %d held out", len(train_clips), len(held_out))
     return train_clips, held_out
-
-
-def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> StoryModule:
-    """The network and its frozen parts; a new run also saves those parts and where its weights come from."""
-    run_dir = Path(config.run_dir)
-    is_read = not is_new or config.init_from or config.model.base_weights
-    is_first = rank_zero_only.rank == 0  # whose weights every strategy gives to the other ranks
-    dit = build_dit(config.model, config.seed, unfilled=bool(is_read) or not is_first)
-    handed_over = base = None
-    if config.model.lora.rank is not None:  # also when a run goes on: its checkpoints hold the LoRA alone
-        load_base(dit, config.model.base_weights)
-        base = describe_base(dit, config.model.base_weights, config.model.lora)
-        if not is_new:
-            check_base(base, read_provenance(run_dir)["base"], run_dir)
-        add_lora(dit, config.model.lora, seed=config.seed)
-    elif is_first and is_new and config.model.base_weights and not config.init_from:
-        load_base(dit, config.model.base_weights)
-    if is_new and config.init_from:
-        handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset, base)
-        if is_first:
-            load_trained_weights(dit, handed_over.weights)
-    if is_new and not handed_over and config.model.codec == FITTED_CODEC:
-        codec = fit_codec(config.model, clips, config.seed)
-    else:
-        codec = open_codec(config.model, handed_over.codec if handed_over else run_dir / CODEC)
-    caption_encoder = open_caption_encoder(config.model)
-    check_parts(dit, codec, caption_encoder)
-    if codec.spatial_stride != (expected := spatial_stride(config.model)):
-        raise ValueError(f"model.codec has latents of {codec.spatial_stride} pixels, expected {expected}")
-    if is_new and is_first:
-        with naming_errors(f"write the codec and the caption encoder to {run_dir}"):
-            save_own_parts(config.model, run_dir, codec, caption_encoder)
-        write_provenance(
-            run_dir,
-            stage=config.stage.name,
-            preset=config.model.preset,
-            frame_size=clips.common_frame_size(),
-            handed_over=handed_over,
-            base=base,
-        )
-    return StoryModule(
-        dit,
-        codec,
-        caption_encoder,
-        stage=config.stage,
-        optimizer=config.optimizer,
-        ema=config.ema,
-        sigma_shift=config.model.sigma_shift,
-        seed=config.seed,
-        sequence_parallel=config.model.sequence_parallel,
-    )
-
-
-def load_base(dit: StoryDiT, base_weights: str) -> None:
-    with naming("model.base_weights"):
-        log.info("%s", load_base_weights(dit, base_weights))
-
-
-def log_network(dit: StoryDiT, device: torch.device, dtype: torch.dtype) -> None:
-    """How much of the network is trained, and what computes its attention."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in dit.parameters()]
-    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    kernel = describe_kernel(device, dtype, dit.config.attention_head_dim)
-    log.info("%.2f M of %.2f M parameters are trained; attention: %s", trained / 1e6, total / 1e6, kernel)
 
 
 def build_callbacks(

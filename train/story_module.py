@@ -13,7 +13,7 @@ from conf.command import Unhealthy
 from storyanchors.caption_cache import embedding_to
 from storyanchors.caption_encoder import fit_caption
 from storyanchors.clip import levels_to_pixels
-from storyanchors.conditioning import stack_condition_channels
+from storyanchors.conditioning import ClipConditions, stack_condition_channels
 from storyanchors.dit import StoryDiT
 from storyanchors.embedders import CaptionEmbedding
 from storyanchors.flops import ClipSize
@@ -33,6 +33,23 @@ log = logging.getLogger(__name__)
 
 class NonFiniteGradients(Unhealthy):
     """Gradients, or the weights and the average that they have made, are not finite."""
+
+
+def story_losses(
+    dit: StoryDiT,
+    latents: list[Tensor],
+    noise: list[Tensor],
+    sigmas: Tensor,
+    cond_masks: list[Tensor],
+    conditions: list[ClipConditions],
+    captions: list[CaptionEmbedding],
+) -> Tensor:
+    """The loss of each clip (B,): B x (F, C, H, W) latents and noise, sigmas (B,), B x (F,) masks."""
+    noisy = [add_noise(*clip) for clip in zip(latents, noise, sigmas, strict=True)]
+    inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, cond_masks, strict=True)]
+    prediction = dit(inputs, 1000 * sigmas, conditions, captions)
+    target = [velocity(*clip) for clip in zip(latents, noise, strict=True)]
+    return flow_losses(prediction, target, cond_masks)
 
 
 class StoryModule(L.LightningModule):
@@ -111,11 +128,8 @@ class StoryModule(L.LightningModule):
                 self.embed(clip.key, draw.caption) for clip, draw in zip(batch.clips, draws, strict=True)
             ]
         noise = [draw_noise(clip, draw.noise_seed) for clip, draw in zip(latents, draws, strict=True)]
-        noisy = [add_noise(*clip) for clip in zip(latents, noise, sigmas, strict=True)]
-        inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, cond_masks, strict=True)]
-        prediction = self.dit(inputs, 1000 * sigmas, [draw.conditions for draw in draws], captions)
-        target = [velocity(*clip) for clip in zip(latents, noise, strict=True)]
-        losses = flow_losses(prediction, target, cond_masks)  # (B,)
+        conditions = [draw.conditions for draw in draws]
+        losses = story_losses(self.dit, latents, noise, sigmas, cond_masks, conditions, captions)
         self.clip_losses = losses.detach()
         self.clip_sizes = [ClipSize.of(*clip) for clip in zip(latents, captions, strict=True)]
         # every clip weighs 1 / num_global_clips, however the ranks share them; strategies average over ranks,

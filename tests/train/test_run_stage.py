@@ -102,7 +102,7 @@ def test_a_signal_during_start_up_is_heard_before_weights_are_read(train, tmp_pa
         return original(config)
 
     monkeypatch.setattr(run_stage, "open_clips", open_clips)
-    monkeypatch.setattr(run_stage, "build_dit", None)
+    monkeypatch.setattr(run_stage, "build_module", None)
     with pytest.raises(Stopped, match="SIGUSR1 before the weights were read"):
         train(tmp_path / "run", "stage=continuation")
 

@@ -26,7 +26,7 @@ from train.costs.training_cost import (
     step_time,
 )
 from train.parts import FITTED_CODEC, ModelConfig, spatial_stride
-from train.run_stage import RunStageConfig
+from train.run_config import RunStageConfig
 from train.watching.hardware import peak_flops
 
 SAMPLED_CLIPS = 200  # of a dataset, for the bytes of a mean one

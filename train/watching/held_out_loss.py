@@ -18,9 +18,9 @@ from torch import Tensor
 
 from storyanchors.caption_cache import embedding_to
 from storyanchors.clip import frames_to_tensor
-from storyanchors.conditioning import ClipConditions, MaskPolicy, sample_cond_mask, stack_condition_channels
+from storyanchors.conditioning import ClipConditions, MaskPolicy, sample_cond_mask
 from storyanchors.embedders import CaptionEmbedding
-from storyanchors.flow import add_noise, flow_losses, shift_sigmas, velocity
+from storyanchors.flow import shift_sigmas
 from storyanchors.sequence_parallel import whole_sequences
 from train.clips.clip_index import ClipIndex
 from train.clips.clip_reader import BrokenSample, ClipReader, caption_texts
@@ -29,7 +29,7 @@ from train.processes.agree import from_first, gather
 from train.settings import at_least
 from train.stable_hash import stable_hash
 from train.stage import draw_noise
-from train.story_module import StoryModule
+from train.story_module import StoryModule, story_losses
 from train.watching.callbacks import MetricsLog
 
 log = logging.getLogger(__name__)
@@ -123,11 +123,8 @@ class HeldOutLoss(Callback):
         masks = [_mask(clip, case.policy).to(module.device) for clip, case in zip(clips, cases, strict=True)]
         seeds = [stable_hash("held-out noise", c.key, case.quantile) for c, case in zip(clips, cases)]
         noise = [draw_noise(*clip) for clip in zip(latents, seeds, strict=True)]
-        noisy = [add_noise(*clip) for clip in zip(latents, noise, sigmas, strict=True)]
-        inputs = [stack_condition_channels(*clip) for clip in zip(noisy, latents, masks, strict=True)]
-        prediction = module.dit(inputs, 1000 * sigmas, [clip.conditions for clip in clips], captions)
-        target = [velocity(*clip) for clip in zip(latents, noise, strict=True)]
-        return flow_losses(prediction, target, masks)
+        conditions = [clip.conditions for clip in clips]
+        return story_losses(module.dit, latents, noise, sigmas, masks, conditions, captions)
 
     def _clip(self, module: StoryModule, number: int) -> HeldOutClip:
         if number not in self.encoded:
