@@ -6,7 +6,9 @@ run_dir/{config.yaml, provenance.json, codec/, caption_encoder/, checkpoints/, s
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,7 @@ MAY_CHANGE_INSIDE = (
 class HandedOver:
     """Weights that a new run begins with, and what to remember of them."""
 
-    weights: dict[str, Tensor]
+    read_weights: Callable[[], dict[str, Tensor]]  # by the first rank, which gives them to the others
     dit_config: dict[str, Any]
     codec: Path
     source: dict[str, Any]  # path, step, which, sha256
@@ -260,24 +262,32 @@ def _from_run(run_dir: Path, name: str | None, *, merged: bool) -> HandedOver:
     source = {"path": str(run_dir), "step": step, "which": "ema", "sha256": checkpoint.sha256("ema")}
     history, base = stage_history(run_dir, step), read_provenance(run_dir).get("base")
     if base and merged:
-        dit = read_network(run_dir, checkpoint, "ema")
-        merge_lora(dit)
-        weights, base = dit.state_dict(), None
+        read_weights, base = partial(_merged_weights, run_dir, checkpoint), None
     else:
-        weights = checkpoint.weights("ema")
+        read_weights = partial(checkpoint.weights, "ema")
     # settings that are newer than the checkpoint: it was trained with what is their default now
     newer = {field.name: field.default for field in fields(StoryDiTConfig) if field.default is not MISSING}
     sizes = json.loads(json.dumps({**newer, **checkpoint.dit_config}))
-    return HandedOver(weights, sizes, run_dir / "codec", source, history, base)
+    return HandedOver(read_weights, sizes, run_dir / "codec", source, history, base)
+
+
+def _merged_weights(run_dir: Path, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    dit = read_network(run_dir, checkpoint, "ema")
+    merge_lora(dit)
+    return dit.state_dict()
 
 
 def _from_model(folder: Path) -> HandedOver:
     info = read_story_model(folder)
     dit = load_story_dit(folder / "transformer")
-    weights = {name: tensor.float() for name, tensor in dit.state_dict().items()}
     provenance = info.get("provenance", {})
     source = {"path": str(folder), "which": "export", "provenance": provenance}
-    return HandedOver(weights, plain_config(dit), folder / "codec", source, provenance.get("history", []))
+    history = provenance.get("history", [])
+    return HandedOver(partial(_float_weights, dit), plain_config(dit), folder / "codec", source, history)
+
+
+def _float_weights(dit: StoryDiT) -> dict[str, Tensor]:
+    return {name: tensor.float() for name, tensor in dit.state_dict().items()}
 
 
 def plain_config(dit: StoryDiT) -> dict[str, Any]:

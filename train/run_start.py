@@ -57,7 +57,7 @@ def build_module(config: RunStageConfig, clips: ClipIndex, *, is_new: bool) -> S
     if is_new and config.init_from:
         handed_over = read_init_from(config.init_from, plain_config(dit), config.model.preset, base)
         if is_first:
-            load_trained_weights(dit, handed_over.weights)
+            load_trained_weights(dit, handed_over.read_weights())
     if is_new and not handed_over and config.model.codec == FITTED_CODEC:
         codec = fit_codec(config.model, clips, config.seed)
     else:
