@@ -1,9 +1,12 @@
 """Writes story-world stories as a labelled dataset, or as H.264 videos with story files for sample_frames.
 
 python data_pipeline/write_story_world.py out=DATASET num_stories=2000 seed=0
+python data_pipeline/write_story_world.py out=DATASET num_stories=2000 clips=anonymous
 python data_pipeline/write_story_world.py out=FOLDER num_stories=20 videos=true
 
-The videos are the story world's dense mode: sampled at frame_interval 69 they give exactly the story frames.
+clips: stories; anonymous, stories whose text calls the cast hero1 and hero2; dense, short runs of source
+frames between two story frames, to learn interpolation from. The videos are the same dense mode: sampled at
+frame_interval 69 they give exactly the story frames.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,13 +35,22 @@ from data_pipeline.shard_reader import read_marker
 from data_pipeline.shard_writer import ShardWriter
 from data_pipeline.worker_pool import map_in_order, num_workers
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip
+from storyanchors.story import Story
 from storyanchors.story_world import WorldStory, render_frame, sample_story, to_story
+from storyanchors.story_world.dense import (
+    FPS,
+    FRAME_INTERVAL,
+    GAP,
+    dense_frame,
+    dense_frames,
+    dense_story,
+    sample_dense_clip,
+)
 from storyanchors.story_world.renderer import FRAME_SIZE
 from storyanchors.story_world.world import MAX_FRAMES, MIN_FRAMES
 
 CAPTIONS_RUN = "truth"
-FPS = 24
-FRAME_INTERVAL = 69
+CLIPS = ("stories", "anonymous", "dense")
 STORIES_PER_SEED = 10_000_000
 
 
@@ -48,6 +60,7 @@ class WriteStoryWorldConfig:
     num_stories: int = 2000
     seed: int = 0
     num_frames: list[int] = field(default_factory=lambda: [6, 8])  # the fewest and the most of a story
+    clips: str = "stories"  # | anonymous | dense
     videos: bool = False
     clips_per_shard: int = 500
     workers: int | None = None  # processes; None: one per core
@@ -55,6 +68,10 @@ class WriteStoryWorldConfig:
     def __post_init__(self):
         if not 1 <= self.num_stories <= STORIES_PER_SEED:
             raise ValueError(f"num_stories is {self.num_stories}, expected 1 to {STORIES_PER_SEED}")
+        if self.clips not in CLIPS:
+            raise ValueError(f"clips is {self.clips!r}, expected one of {', '.join(CLIPS)}")
+        if self.videos and self.clips != "stories":
+            raise ValueError(f"videos=true writes videos of whole stories, found clips={self.clips} with it")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}, expected 0 or above")
         within = all(MIN_FRAMES <= bound <= MAX_FRAMES for bound in self.num_frames)
@@ -87,7 +104,7 @@ def main(config: WriteStoryWorldConfig) -> None:
 
 def write_dataset(out: Path, config: WriteStoryWorldConfig) -> None:
     """Frame shards and their captions; the same bytes however many workers write them."""
-    deciding = ("num_stories", "seed", "num_frames", "clips_per_shard")
+    deciding = ("num_stories", "seed", "num_frames", "clips", "clips_per_shard")
     record = DatasetRecord(
         made_by="write_story_world",
         config={name: getattr(config, name) for name in deciding},
@@ -134,6 +151,18 @@ def story_of(config: WriteStoryWorldConfig, number: int) -> WorldStory:
     )
 
 
+def clip_of(config: WriteStoryWorldConfig, number: int) -> tuple[list[np.ndarray], list[int], Story]:
+    """Clip `number` of a seed: its pictures, their numbers in the dense video, and what it tells."""
+    if config.clips == "dense":
+        clip = sample_dense_clip(config.seed * STORIES_PER_SEED + number)
+        first = (clip.gap - 1) * GAP
+        return dense_frames(clip), [first + step for step in clip.positions], dense_story(clip)
+    story = story_of(config, number)
+    pixels = [render_frame(story, k) for k in range(1, story.num_frames + 1)]
+    steps = [index * GAP for index in range(story.num_frames)]
+    return pixels, steps, to_story(story, anonymous=config.clips == "anonymous")
+
+
 Task = tuple[str, range]
 
 
@@ -148,12 +177,9 @@ def _write_shard(out: Path, config: WriteStoryWorldConfig, task: Task) -> int:
     captions = []
     with ShardWriter(out / FRAMES_FOLDER, name) as shard:
         for number in stories:
-            key, world_story = story_key(config, number), story_of(config, number)
-            story = to_story(world_story)
-            frames = [
-                Image.fromarray(render_frame(world_story, k + 1)) for k in range(world_story.num_frames)
-            ]
-            shard.add(key, StoryClip(_info(key, frames), frames).to_members())
+            key, (pixels, steps, story) = story_key(config, number), clip_of(config, number)
+            frames = [Image.fromarray(levels) for levels in pixels]
+            shard.add(key, StoryClip(_info(key, frames, steps), frames).to_members())
             captions.append(CaptionRecord(key, story.global_caption, story))
         write_captions(
             out, CAPTIONS_RUN, name, captions
@@ -162,16 +188,15 @@ def _write_shard(out: Path, config: WriteStoryWorldConfig, task: Task) -> int:
     return len(stories)
 
 
-def _info(key: str, frames: list[Image.Image]) -> ClipInfo:
-    """A still story is the dense video's story frames; how much moves between them is not known."""
-    numbers = range(0, len(frames) * (FRAME_INTERVAL + 1), FRAME_INTERVAL + 1)
+def _info(key: str, frames: list[Image.Image], steps: list[int]) -> ClipInfo:
+    """steps are the frames' numbers in the dense video; how much moves between them is not known."""
     return ClipInfo(
         key=key,
         source=key,
         fps=FPS,
-        frame_interval=FRAME_INTERVAL,
-        frame_numbers=tuple(numbers),
-        seconds=tuple(number / FPS for number in numbers),
+        frame_interval=steps[1] - steps[0] - 1,
+        frame_numbers=tuple(steps),
+        seconds=tuple(number / FPS for number in steps),
         height=frames[0].height,
         width=frames[0].width,
     )
@@ -196,9 +221,8 @@ def _write_video(out: Path, config: WriteStoryWorldConfig, task: Task) -> int:
 
 def _dense_frames(world_story: WorldStory) -> Iterator[np.ndarray]:
     """Source frames from the first story frame to the last, FRAME_INTERVAL of them between two."""
-    stride = FRAME_INTERVAL + 1
-    for number in range((world_story.num_frames - 1) * stride + 1):
-        yield render_frame(world_story, number // stride + 1, phase=number % stride / stride)
+    for number in range((world_story.num_frames - 1) * GAP + 1):
+        yield dense_frame(world_story, number // GAP + 1, number % GAP)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from train.settings import at_least
 from train.stable_hash import stable_hash
 
 CAPTION_KINDS = ("global", "multi_event")
+DENSE_BELOW = 24  # source frames between two frames: clips closer than that show one motion, not a story
 
 
 @dataclass
@@ -26,6 +27,7 @@ class StageConfig:
     caption: str = MISSING  # global | multi_event
     other_caption_share: float = 0.0  # how often the other kind is shown instead, where a clip has it
     mask_policies: list[MaskPolicy] = field(default_factory=list)
+    dense_mask_policies: list[MaskPolicy] = field(default_factory=list)  # frame_interval < 24; [] = the same
     caption_dropout: float = 0.1  # how often the text is empty, for classifier-free guidance
     conditions_dropout: float = 0.1  # how often each clip condition is unknown
     steps: int = MISSING
@@ -85,10 +87,15 @@ def draw_clip(
         conditions=_drop_conditions(
             conditions, [chance < stage.conditions_dropout for chance in chances[2:]]
         ),
-        cond_mask=sample_cond_mask(stage.mask_policies, num_frames, generator),
+        cond_mask=sample_cond_mask(_mask_policies(stage, conditions), num_frames, generator),
         sigma=sample_sigmas(1, generator, shift=sigma_shift)[0],
         noise_seed=stable_hash("noise", seed, stage.name, epoch, key),
     )
+
+
+def _mask_policies(stage: StageConfig, conditions: ClipConditions) -> list[MaskPolicy]:
+    is_dense = conditions.frame_interval is not None and conditions.frame_interval < DENSE_BELOW
+    return stage.dense_mask_policies if is_dense and stage.dense_mask_policies else stage.mask_policies
 
 
 def draw_noise(latents: Tensor, seed: int) -> Tensor:

@@ -28,13 +28,19 @@ from storyanchors.story_world.world import (
 MAX_CAST = 2
 
 
-def to_story(world_story: WorldStory) -> Story:
-    """One Event per event, the cast as subjects; the global caption names cast and scenes in order."""
+def to_story(world_story: WorldStory, *, anonymous: bool = False) -> Story:
+    """One Event per event, the cast as subjects; the global caption names cast and scenes in order.
+
+    anonymous calls the cast hero1 and hero2: what they look like is then to be seen in given frames alone.
+    """
+    subjects = [
+        f"hero{number}" if anonymous else f"{subject.colour} {subject.shape}"
+        for number, subject in enumerate(world_story.cast, start=1)
+    ]
     events = [
-        Event(event.first_frame, event.last_frame, _describe(event.facts, world_story.cast))
+        Event(event.first_frame, event.last_frame, describe(event.facts, subjects))
         for event in world_story.events
     ]
-    subjects = [_name(subject) for subject in world_story.cast]
     cast = " and ".join(f"a {name}" for name in subjects)
     scenes = ", then ".join(f"in the {event.facts.scene}" for event in world_story.events)
     return Story(events, subjects, world_story.style, f"{cast}, first {scenes}")
@@ -43,8 +49,8 @@ def to_story(world_story: WorldStory) -> Story:
 def from_story(story: Story) -> WorldStory:
     """Inverse of to_story; the global caption is not read.
 
-    Raises ValueError with the line, the word found and what was expected, for a text outside the grammar and
-    for a story that the world cannot show.
+    Raises ValueError with the line, the word found and what was expected, for a text outside the grammar
+    (an anonymous one too) and for a story that the world cannot show.
     """
     if not 1 <= len(story.subjects) <= MAX_CAST:
         raise ValueError(f"found {len(story.subjects)} subjects, expected 1 to {MAX_CAST}")
@@ -66,13 +72,10 @@ def from_story(story: Story) -> WorldStory:
     return WorldStory(cast, tuple(events), story.style)
 
 
-def _name(subject: Subject) -> str:
-    return f"{subject.colour} {subject.shape}"
-
-
-def _describe(facts: FrameFacts, cast: tuple[Subject, ...]) -> str:
+def describe(facts: FrameFacts, names: list[str]) -> str:
+    """The sentence of an event; names are the cast's, in its order."""
     phrases = {action: action for action in ACTIONS} | {"holds": "holds a ball"}
-    clauses = " and ".join(f"the {_name(cast[index])} {phrases[action]}" for index, action in facts.actions)
+    clauses = " and ".join(f"the {names[index]} {phrases[action]}" for index, action in facts.actions)
     return f"in the {facts.scene}, {clauses}, {facts.zoom} shot from the {facts.pan}"
 
 
