@@ -12,6 +12,7 @@ D width, A heads, K head width.
 import dataclasses
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from torch.distributed import ProcessGroup
 
 from storyanchors.activation_checkpointing import MODES, block_modes, run_block
 from storyanchors.attention import packed_attention
+from storyanchors.block_cache import active_cache
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit_config import StoryDiTConfig
 from storyanchors.embedders import SCALAR_CONDITIONS, CaptionEmbedding, ConditionEmbedder, StoryEmbedder
@@ -169,8 +171,14 @@ class StoryDiT(ModelMixin, ConfigMixin, PeftAdapterMixin):
         if self.activation_checkpointing == "auto":
             is_sharded = hasattr(self.scale_shift_table, "ds_id")  # DeepSpeed's mark of ZeRO-3
             modes = agree_on_modes(modes, share, x_ND.device, is_sharded=is_sharded)
-        for block, mode in zip(self.blocks, modes, strict=True):
-            x_ND = self._run_block(block, mode, x_ND, *args)
+        blocks = [
+            partial(self._run_block, block, mode) for block, mode in zip(self.blocks, modes, strict=True)
+        ]
+        if (cache := active_cache(self)) is not None:
+            x_ND = cache.run_blocks(blocks, x_ND, *args)
+        else:
+            for block in blocks:
+                x_ND = block(x_ND, *args)
         shift, scale = (self.scale_shift_table.float() + temb_BD[:, None]).unbind(1)
         x_ND = modulated_norm(
             x_ND, scale, shift, share.lengths, eps=self.config.eps, dtype=_compute_dtype(x_ND)
