@@ -23,22 +23,12 @@ from data_pipeline.labeling.stages import Events, GlobalCaptions, UnifiedStory
 from data_pipeline.shard_reader import finished_shards
 from data_pipeline.shard_writer import ShardWriter
 from storyanchors.clip import CaptionRecord, ClipInfo, StoryClip
-from storyanchors.story_world import WorldEvent, WorldStory, render_frame, sample_story, to_story
-from storyanchors.story_world.world import MAX_FRAMES
+from storyanchors.story_world import render_frame, sample_story, to_story
 from storyanchors.vlm import VlmConfig
 
 NUM_FRAMES = (6, 30)
 CLIPS_PER_SHARD = 100
 RUN = "exact"
-
-
-def long_story(seed: int, num_frames: int) -> WorldStory:
-    """The story of a seed, its events stretched evenly where it has more frames than the world draws."""
-    story = sample_story(seed, num_frames=min(num_frames, MAX_FRAMES))
-    lasts = [round(event.last_frame * num_frames / story.num_frames) for event in story.events]
-    firsts = [1, *(last + 1 for last in lasts)]
-    facts = [event.facts for event in story.events]
-    return WorldStory(story.cast, tuple(map(WorldEvent, firsts, lasts, facts)), story.style)
 
 
 def write_long_stories(out: Path, num_clips: int) -> None:
@@ -50,7 +40,7 @@ def write_long_stories(out: Path, num_clips: int) -> None:
             with ShardWriter(out / FRAMES_FOLDER, f"{shard:06d}") as writer:
                 for number in range(first, min(first + CLIPS_PER_SHARD, num_clips)):
                     num_frames = int(np.random.default_rng(number).integers(NUM_FRAMES[0], NUM_FRAMES[1] + 1))
-                    world_story, key = long_story(number, num_frames), f"long-story-{number:05d}"
+                    world_story, key = sample_story(number, num_frames=num_frames), f"long-story-{number:05d}"
                     frames = [Image.fromarray(render_frame(world_story, k + 1)) for k in range(num_frames)]
                     writer.add(key, StoryClip(_info(key, frames), frames).to_members())
                     story = to_story(world_story)

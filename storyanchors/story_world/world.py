@@ -43,8 +43,9 @@ PANS = ("left", "center", "right")
 ACTIONS = ("stands", "jumps", "sleeps", "runs", "holds")
 
 STYLE = "flat cartoon"
-MIN_FRAMES, MAX_FRAMES = 2, 16
-MAX_EVENTS = 5
+MIN_FRAMES, MAX_FRAMES = 2, 32
+MAX_EVENTS = 5  # of a story of at most SHORT frames; longer ones keep about as many events per frame
+SHORT = 16
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,21 @@ class WorldStory:
 
 
 def sample_story(seed: int, *, num_frames: int | None = None) -> WorldStory:
-    """The story of this seed: 2-5 events over num_frames frames (2-16; None draws 6-8).
+    """The story of this seed: 2-5 events over num_frames frames (2-32; None draws 6-8).
 
-    Consecutive events differ in scene, no two events share scene and actions (or their order could not be
-    read from the frames), and every cast member is seen at least once.
+    Above 16 frames there are num_frames/4 to num_frames/3 events. Consecutive events differ in scene, no two
+    events share scene and actions (or their order could not be read from the frames), and every cast member
+    is seen at least once.
     """
     if num_frames is not None and not MIN_FRAMES <= num_frames <= MAX_FRAMES:
         raise ValueError(f"num_frames is {num_frames}, expected {MIN_FRAMES} to {MAX_FRAMES}")
     rng = np.random.default_rng(seed)
     num_frames = int(rng.integers(6, 9)) if num_frames is None else num_frames
     cast = _sample_cast(rng)
-    num_events = int(rng.integers(2, min(MAX_EVENTS, num_frames) + 1))
+    fewest, most = 2, min(MAX_EVENTS, num_frames)
+    if num_frames > SHORT:
+        fewest, most = num_frames // 4, num_frames // 3
+    num_events = int(rng.integers(fewest, most + 1))
     cuts = np.sort(rng.permutation(num_frames - 1)[: num_events - 1]) + 1
     facts = _sample_facts(rng, len(cast), num_events)
     while len({index for one in facts for index, _ in one.actions}) < len(cast):

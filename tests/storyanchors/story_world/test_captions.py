@@ -108,7 +108,7 @@ def test_an_event_outside_the_grammar_is_refused_with_line_word_and_expectation(
             {"events": [STORY.events[0], Event(2, 3, STORY.events[1].description)]},
             "event 2 starts at frame 2, exp",
         ),
-        ({"events": [Event(1, 17, STORY.events[1].description)]}, "found 17 frames, expected 2 to 16"),
+        ({"events": [Event(1, 33, STORY.events[1].description)]}, "found 33 frames, expected 2 to 32"),
     ],
 )
 def test_a_story_that_the_world_cannot_show_is_refused(change, message):

@@ -22,7 +22,7 @@ def test_ground_truth_is_flawless():
 
 
 def test_ground_truth_is_flawless_for_every_length_of_story():
-    stories = [sample_story(num_frames, num_frames=num_frames) for num_frames in range(2, 17)]
+    stories = [sample_story(num_frames, num_frames=num_frames) for num_frames in range(2, 33, 2)]
     frames = [[render_frame(story, facts) for facts in story.frames] for story in stories]
     assert score_stories(frames, stories) == FLAWLESS
 

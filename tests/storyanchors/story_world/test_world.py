@@ -1,3 +1,4 @@
+import hashlib
 from itertools import pairwise
 
 import pytest
@@ -21,7 +22,7 @@ def test_events_cover_the_frames_one_after_another():
 
 def test_the_number_of_frames_is_drawn_from_6_to_8_or_as_asked():
     assert {story.num_frames for story in STORIES} == {6, 7, 8}
-    for num_frames in range(2, 17):
+    for num_frames in range(2, 33):
         assert sample_story(num_frames, num_frames=num_frames).num_frames == num_frames
 
 
@@ -30,9 +31,26 @@ def test_stories_have_two_to_five_events():
     assert len(sample_story(0, num_frames=2).events) == 2
 
 
-@pytest.mark.parametrize("num_frames", [1, 17])
+def test_long_stories_have_about_as_many_events_per_frame():
+    for num_frames in range(17, 33):
+        for seed in range(5):
+            story = sample_story(seed, num_frames=num_frames)
+            assert num_frames // 4 <= len(story.events) <= num_frames // 3
+            assert seen(story) == set(range(len(story.cast)))
+
+
+def test_stories_stay_what_models_were_trained_on():
+    """The stories that committed weights and tables speak of: a change here makes them untrue."""
+    text = "".join(repr(sample_story(seed, num_frames=n)) for n in (None, *range(2, 17)) for seed in range(5))
+    assert (
+        hashlib.sha256(text.encode()).hexdigest()
+        == "140ea3014dce08168510cc2f03e5f3ded02610aa972f2354eb5ece21c9499433"
+    )
+
+
+@pytest.mark.parametrize("num_frames", [1, 33])
 def test_a_story_too_short_or_too_long_is_refused(num_frames):
-    with pytest.raises(ValueError, match=f"num_frames is {num_frames}, expected 2 to 16"):
+    with pytest.raises(ValueError, match=f"num_frames is {num_frames}, expected 2 to 32"):
         sample_story(0, num_frames=num_frames)
 
 
