@@ -6,7 +6,7 @@ inverse. A caption that is too long for a text encoder is cut along its structur
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -101,6 +101,33 @@ class Story:
     def num_frames(self) -> int:
         """The last story frame that any event covers."""
         return max(event.last_frame for event in self.events)
+
+    def descriptions(self) -> list[tuple[str, ...]]:
+        """What is told of each frame, frame 1 first: the texts of its events in their order, each once."""
+        covering = lambda number: (e for e in self.events if e.first_frame <= number <= e.last_frame)  # noqa: E731
+        return [
+            tuple(dict.fromkeys(event.description for event in covering(number)))
+            for number in range(1, self.num_frames + 1)
+        ]
+
+    @classmethod
+    def from_descriptions(
+        cls, descriptions: Sequence[Sequence[str]], subjects: Sequence[str] = (), style: str = ""
+    ) -> "Story":
+        """Inverse of descriptions(): a text that goes on from frame to frame is one event.
+
+        Events stand in reading order, by their first frame. ValueError for a frame of which nothing is told.
+        """
+        frames = [[_single_line(text, "a description") for text in texts] for texts in descriptions]
+        if [] in frames:
+            raise ValueError(f"nothing is told of frame {frames.index([]) + 1} of {len(frames)}")
+        events = [
+            Event(number, _goes_on_until(frames, number, text), text)
+            for number, texts in enumerate(frames, start=1)
+            for text in dict.fromkeys(texts)
+            if number == 1 or text not in frames[number - 2]
+        ]
+        return cls(events, list(subjects), style)
 
     def prompt(self) -> str:
         """The multi-event caption: every event behind its frame range, then subjects by rank, then style."""
@@ -255,6 +282,10 @@ class _StoryLoader(yaml.SafeLoader):
                 raise ValueError(f"{key.value!r} is given twice, again in line {key.start_mark.line + 1}")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _goes_on_until(frames: list[list[str]], number: int, text: str) -> int:
+    return next((last for last in range(number, len(frames)) if text not in frames[last]), len(frames))
 
 
 def _event_line(event: Event) -> str:
