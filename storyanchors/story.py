@@ -236,8 +236,12 @@ class Story:
         if path.suffix == ".json":
             text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         else:
-            text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
+            text = self.to_yaml()
         path.write_text(text, encoding="utf-8")
+
+    def to_yaml(self) -> str:
+        """The text of a YAML story file."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=110)
 
 
 def shorter_captions(text: str) -> Iterator[tuple[str, CutPart]]:
