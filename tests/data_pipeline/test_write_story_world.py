@@ -10,7 +10,7 @@ from data_pipeline.sample_frames import SampleFramesConfig, find_videos, sample_
 from data_pipeline.shard_reader import finished_shards, read_clips, read_marker
 from data_pipeline.write_story_world import WriteStoryWorldConfig, story_of, write_dataset, write_videos
 from storyanchors.clip import StoryClip
-from storyanchors.story_world import from_story, render_frame, score_stories
+from storyanchors.story_world import from_story, render_frame, score_stories, to_story
 
 
 def read_dataset(dataset, run="truth") -> list[StoryClip]:
@@ -87,3 +87,24 @@ def test_its_videos_go_the_whole_way_of_real_ones(tmp_path):
     scores = score_stories([clip.frames for clip in clips], stories)
     assert scores["pfa_f1"] > 0.99 and scores["event_order_tau"] == 1.0
     assert all(clip.info.motion > 0 for clip in clips)
+
+
+def test_anonymous_and_dense_clips_tell_what_they_show(tmp_path):
+    clips = {}
+    for kind in ("anonymous", "dense"):
+        out = tmp_path / kind
+        write_dataset(out, WriteStoryWorldConfig(str(out), num_stories=10, clips=kind, workers=1))
+        clips[kind] = read_dataset(out)
+    for number, clip in enumerate(clips["anonymous"]):
+        assert clip.story == to_story(story_of(WriteStoryWorldConfig(), number), anonymous=True)
+    for clip in clips["dense"]:
+        steps = np.diff(clip.info.frame_numbers)
+        assert set(steps) == {clip.info.frame_interval + 1} and clip.info.frame_interval < 14
+        assert clip.story.num_frames == len(clip.frames)
+
+
+def test_an_unknown_kind_of_clips_is_an_error():
+    with pytest.raises(ValueError, match="clips is 'dens', expected one of stories, anonymous, dense"):
+        WriteStoryWorldConfig(clips="dens")
+    with pytest.raises(ValueError, match="videos=true writes videos of whole stories"):
+        WriteStoryWorldConfig(clips="dense", videos=True)

@@ -1,5 +1,7 @@
 """What a stage draws for a clip is a function of (seed, stage, epoch, clip)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -17,8 +19,8 @@ def stage(**changes) -> StageConfig:
     )
 
 
-def draw(config: StageConfig, *, seed=0, epoch=0, key="clip", captions=CAPTIONS):
-    about_clip = {"captions": captions, "conditions": CONDITIONS, "num_frames": 6}
+def draw(config: StageConfig, *, seed=0, epoch=0, key="clip", captions=CAPTIONS, conditions=CONDITIONS):
+    about_clip = {"captions": captions, "conditions": conditions, "num_frames": 6}
     return draw_clip(config, seed=seed, epoch=epoch, key=key, sigma_shift=1.0, **about_clip)
 
 
@@ -63,3 +65,13 @@ def test_a_clip_without_the_other_caption_shows_its_own():
     config = stage(other_caption_share=1.0, caption_dropout=0.0)
     assert draw(config).caption == CAPTIONS["global"]
     assert draw(config, captions={"multi_event": "[1-6] an event"}).caption == CAPTIONS["multi_event"]
+
+
+def test_dense_clips_have_masks_of_their_own_where_the_stage_says_so():
+    dense = replace(CONDITIONS, frame_interval=6)
+    own = stage(mask_policies=[MaskPolicy("none")], dense_mask_policies=[MaskPolicy("first_last")])
+    assert draw(own).cond_mask.tolist() == [0] * 6
+    assert draw(own, conditions=dense).cond_mask.tolist() == [1, 0, 0, 0, 0, 1]
+    unknown = replace(CONDITIONS, frame_interval=None)
+    assert draw(own, conditions=unknown).cond_mask.tolist() == [0] * 6
+    assert draw(stage(mask_policies=[MaskPolicy("none")]), conditions=dense).cond_mask.tolist() == [0] * 6

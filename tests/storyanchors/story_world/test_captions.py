@@ -4,7 +4,7 @@ import pytest
 
 from storyanchors.story import Event, Story
 from storyanchors.story_world import from_story, sample_story, to_story
-from storyanchors.story_world.world import SCENES
+from storyanchors.story_world.world import COLOURS, SCENES, SHAPES
 
 STORY = Story(
     [
@@ -114,3 +114,14 @@ def test_an_event_outside_the_grammar_is_refused_with_line_word_and_expectation(
 def test_a_story_that_the_world_cannot_show_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         from_story(replace(STORY, **change))
+
+
+def test_an_anonymous_story_says_all_but_what_its_heroes_look_like():
+    for seed in range(50):
+        world_story = sample_story(seed)
+        named, anonymous = to_story(world_story), to_story(world_story, anonymous=True)
+        text = anonymous.prompt() + anonymous.global_caption
+        assert not any(name in text for name in (*COLOURS, *SHAPES))
+        for number, subject in enumerate(named.subjects, start=1):
+            text = text.replace(f"hero{number}", subject)
+        assert text == named.prompt() + named.global_caption
