@@ -5,12 +5,13 @@ scores speak of generated frames only. Ground truth scores 1, and 0 for gaps, le
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from itertools import combinations
+from collections.abc import Collection, Iterable, Sequence
+from itertools import combinations, groupby
 
 import numpy as np
 from PIL import Image
 
+from storyanchors.story_world.identity import consistency_samples
 from storyanchors.story_world.parser import ParsedFrame, ParsedSubject, parse_frame
 from storyanchors.story_world.world import FrameFacts, WorldStory
 
@@ -23,8 +24,10 @@ FLAWLESS = {
     "shot_accuracy": 1.0,
     "action_accuracy": 1.0,
     "event_accuracy": 1.0,
+    "event_completeness": 1.0,
     "event_order_tau": 1.0,
     "scene_order_tau": 1.0,
+    "scene_sequence": 1.0,
     "scene_diversity_gap": 0.0,
     "shot_diversity_gap": 0.0,
     "legal_rmse": 0.0,
@@ -50,8 +53,11 @@ def score_stories(
       generated: seen in both with the same shape
     - scene_accuracy, shot_accuracy (zoom and pan), action_accuracy (of each subject asked for)
     - event_accuracy: of all events, the frame's scene and actions are nearest to its own event's
+    - event_completeness: of the events with a frame to be generated, those that some generated frame shows
     - event_order_tau, scene_order_tau: Kendall, over pairs of frames of different events: +1 where the events
       (the scenes) that they show are in order, -1 where reversed, 0 where equal or unreadable
+    - scene_sequence: of the stories, those whose generated frames go through the scenes asked for and no
+      others, in order, whatever the frame at which each begins
     - scene_diversity_gap, shot_diversity_gap: |exp(entropy) of those shown - exp(entropy) of those asked|
     - legal_rmse: distance to the nearest frame that the world can draw, in RGB steps
     - copy_paste: the frame repeats scene, zoom and actions of a given frame whose caption says otherwise
@@ -63,22 +69,35 @@ def score_stories(
         raise ValueError(
             f"found {len(frames)} lists of frames, {len(stories)} stories and {len(given)} given sets"
         )
-    samples: dict[str, list[float]] = defaultdict(list)
+    pooled: dict[str, list[float]] = defaultdict(list)
     for number, (story_frames, story, given_frames) in enumerate(zip(frames, stories, given, strict=True), 1):
         if len(story_frames) != story.num_frames:
             raise ValueError(f"story {number} has {len(story_frames)} frames, expected {story.num_frames}")
-        parsed = [parse_frame(frame) for frame in story_frames]
-        generated = [index for index in range(story.num_frames) if index + 1 not in given_frames]
+        for name, values in story_samples(list(map(parse_frame, story_frames)), story, given_frames).items():
+            pooled[name] += values
+    if not pooled["pfa_f1"]:
+        raise ValueError(f"nothing to score: no frame of {len(stories)} stories was generated")
+    return {name: float(np.mean(pooled[name])) if pooled[name] else value for name, value in FLAWLESS.items()}
+
+
+def story_samples(
+    parsed: list[ParsedFrame], story: WorldStory, given: Collection[int] = ()
+) -> dict[str, list[float]]:
+    """What the scores are means of: for each of score_stories a number per frame, pair of frames or event.
+
+    parsed: what the frames of one story show. given: the 1-based numbers of those that were not generated.
+    """
+    samples: dict[str, list[float]] = defaultdict(list)
+    generated = [index for index in range(story.num_frames) if index + 1 not in given]
+    if generated:
         _add_frame_scores(samples, parsed, story, generated)
-        _add_consistency(samples, parsed, story, generated)
+        pairs = combinations(range(1, story.num_frames + 1), 2)
+        new = [pair for pair in pairs if not set(pair) <= set(given)]
+        samples["subject_consistency"] += consistency_samples(parsed, story, new)
         _add_order(samples, parsed, story, generated)
         _add_diversity(samples, parsed, story, generated)
         _add_copies(samples, parsed, story, generated)
-    if not samples["pfa_f1"]:
-        raise ValueError(f"nothing to score: no frame of {len(stories)} stories was generated")
-    return {
-        name: float(np.mean(samples[name])) if samples[name] else value for name, value in FLAWLESS.items()
-    }
+    return samples
 
 
 def _add_frame_scores(
@@ -92,19 +111,6 @@ def _add_frame_scores(
         samples["shot_accuracy"].append((frame.zoom, frame.pan) == (facts.zoom, facts.pan))
         samples["action_accuracy"] += [fact in shown for fact in asked if fact[0] == "action"]
         samples["legal_rmse"].append(frame.legal_rmse)
-
-
-def _add_consistency(
-    samples: dict[str, list[float]], parsed: list[ParsedFrame], story: WorldStory, generated: list[int]
-) -> None:
-    for member, subject in enumerate(story.cast):
-        shapes = [
-            {seen.shape for seen in frame.subjects if seen.colour == subject.colour} for frame in parsed
-        ]  # at most one per frame
-        expected = [index for index, facts in enumerate(story.frames) if member in dict(facts.actions)]
-        for first, second in combinations(expected, 2):
-            if first in generated or second in generated:
-                samples["subject_consistency"].append(bool(shapes[first] & shapes[second]))
 
 
 def _add_order(
@@ -124,6 +130,8 @@ def _add_order(
         shown_event[index] = _closest_event(jaccards, own_event[index])
         shown_scene[index] = _closest_event(same_scene, own_event[index])
         samples["event_accuracy"].append(shown_event[index] == own_event[index])
+    for event in sorted({own_event[index] for index in generated}):
+        samples["event_completeness"].append(event in shown_event.values())
     for first, second in combinations(generated, 2):
         if own_event[first] != own_event[second]:
             samples["event_order_tau"].append(_order(shown_event[first], shown_event[second]))
@@ -133,14 +141,14 @@ def _add_order(
 def _add_diversity(
     samples: dict[str, list[float]], parsed: list[ParsedFrame], story: WorldStory, generated: list[int]
 ) -> None:
-    if generated:
-        shown, asked = [parsed[index] for index in generated], [story.frames[index] for index in generated]
-        scene_gap = _diversity(one.scene for one in shown) - _diversity(one.scene for one in asked)
-        shot_gap = _diversity((one.zoom, one.pan) for one in shown) - _diversity(
-            (one.zoom, one.pan) for one in asked
-        )
-        samples["scene_diversity_gap"].append(abs(scene_gap))
-        samples["shot_diversity_gap"].append(abs(shot_gap))
+    shown, asked = [parsed[index] for index in generated], [story.frames[index] for index in generated]
+    scenes_shown, scenes_asked = [one.scene for one in shown], [one.scene for one in asked]
+    shot_gap = _diversity((one.zoom, one.pan) for one in shown) - _diversity(
+        (one.zoom, one.pan) for one in asked
+    )
+    samples["scene_sequence"].append(_without_repeats(scenes_shown) == _without_repeats(scenes_asked))
+    samples["scene_diversity_gap"].append(abs(_diversity(scenes_shown) - _diversity(scenes_asked)))
+    samples["shot_diversity_gap"].append(abs(shot_gap))
 
 
 def _add_copies(
@@ -203,6 +211,10 @@ def _order(first: int | None, second: int | None) -> float:
     if first is None or second is None:
         return 0.0
     return float(np.sign(second - first))
+
+
+def _without_repeats(labels: Iterable[str]) -> list[str]:
+    return [label for label, _ in groupby(labels)]
 
 
 def _diversity(labels: Iterable) -> float:

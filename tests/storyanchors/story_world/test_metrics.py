@@ -110,6 +110,25 @@ def test_one_scene_for_all_events_loses_scenes_and_their_order_only():
     assert not changed(scores) & unchanged
 
 
+def test_an_event_told_at_the_wrong_frames_is_told_in_sequence_and_complete():
+    """What a global caption can be asked for: it names no frames."""
+    story = next(s for s in STORIES if s.events[0].last_frame > 1 and len(s.events) > 2)
+    late = [render_frame(story, facts) for facts in story.frames]
+    late[story.events[0].last_frame - 1] = render_frame(story, story.events[1].facts)
+    scores = score_stories([late], [story])
+    assert scores["event_completeness"] == scores["scene_sequence"] == 1.0
+    assert scores["event_accuracy"] < 1 and scores["event_order_tau"] < 1
+
+
+def test_an_event_left_out_is_incomplete_and_out_of_sequence():
+    story = next(s for s in STORIES if len(s.events) == 3)
+    missing = [render_frame(story, facts) for facts in story.frames]
+    for number in range(story.events[1].first_frame, story.events[1].last_frame + 1):
+        missing[number - 1] = missing[0]
+    scores = score_stories([missing], [story])
+    assert scores["event_completeness"] == pytest.approx(2 / 3) and scores["scene_sequence"] == 0
+
+
 def test_grey_frames_show_nothing():
     grey = [[np.full_like(frame, 128) for frame in frames] for frames in TRUTH]
     scores = score_stories(grey, STORIES)
