@@ -1,0 +1,64 @@
+"""Story frames as files: a folder of 001.png, 002.png, ..., one picture, and the PNG of a picture."""
+
+import io
+from pathlib import Path
+
+from PIL import Image
+
+from storyanchors.clip import MAX_FRAME_PIXELS
+
+RGB_WITHOUT_LOSS = ("RGB", "L", "P", "1")  # PIL modes
+
+
+def find_frames(folder: Path) -> dict[int, Path]:
+    """Numbered images of a folder: 001.png, 2.jpg, ... ValueError for none, and for two of one number."""
+    if not folder.is_dir():
+        raise NotADirectoryError(f"frames={folder} is not a folder")
+    found: dict[int, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.stem.isdecimal() and path.suffix.lower() in (".png", ".jpg", ".jpeg"):
+            if (number := int(path.stem)) in found:
+                raise ValueError(f"{folder} has frame {number} twice: {found[number].name} and {path.name}")
+            found[number] = path
+    if not found:
+        raise ValueError(f"{folder} has no numbered frames, expected 001.png, 002.png, ... or .jpg")
+    return found
+
+
+def read_frame(path: Path) -> Image.Image:
+    """The decoded image; ValueError, naming the file, for one that is broken or too large."""
+    try:
+        with Image.open(path, formats=["PNG", "JPEG"]) as image:
+            if image.width * image.height > MAX_FRAME_PIXELS:
+                raise ValueError(
+                    f"{image.width} x {image.height} pixels, at most {MAX_FRAME_PIXELS} are read"
+                )
+            image.load()
+            return image
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:  # SyntaxError: broken PNG
+        raise ValueError(f"cannot read the frame {path}: {error}") from error
+
+
+def check_frame(frame: Image.Image, where: str, size: tuple[int, int]) -> None:
+    """ValueError unless the image has this size (width, height) and a mode that RGB holds without loss."""
+    if frame.size != size:
+        expected = f"{size[0]} x {size[1]}"
+        raise ValueError(f"{where} has {frame.width} x {frame.height} pixels, expected {expected}")
+    if frame.mode not in RGB_WITHOUT_LOSS:
+        raise ValueError(f"{where} is an image of mode {frame.mode}, expected RGB")
+
+
+def as_png(frame: Image.Image | Path) -> bytes:
+    """A frame's PNG file; one that is a PNG file already stays the same, byte for byte."""
+    if isinstance(frame, Path):
+        if frame.suffix.lower() == ".png":
+            return frame.read_bytes()
+        frame = read_frame(frame)
+    content = io.BytesIO()
+    frame.save(content, "PNG")
+    return content.getvalue()

@@ -1,0 +1,121 @@
+"""Files that are whole or not there, whoever is killed and however full the disk is; and a folder's lock."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+
+LOCK_FILE = ".lock"
+LOCK_PATIENCE_S = 1.0
+TEMPORARY = ".tmp"  # suffix of files that a killed process may leave behind
+
+_held = threading.local()  # folders that this thread holds
+
+
+class Busy(ValueError):
+    """Another process or thread holds the folder."""
+
+
+def sha256(content: bytes) -> str:
+    """The hexadecimal SHA-256 of content."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Replaces the file in one step, on disk when this returns; OSError names the file."""
+    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    try:
+        with temporary.open("wb", buffering=0) as file:
+            _write_all(file, content)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Adds a line that is on disk when this returns; where it fails, the file is as long as it was before."""
+    whole = False
+    with path.open("ab", buffering=0) as file:
+        end = os.fstat(file.fileno()).st_size
+        try:
+            _write_all(file, line + b"\n")
+            whole = True
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror}") from error
+        finally:
+            if not whole:
+                file.truncate(end)
+
+
+def read_lines(path: Path) -> tuple[list[bytes], int]:
+    """The complete lines of a file, and the bytes they take: less than the file where its end is torn."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    return content[:end].splitlines(), end
+
+
+@contextmanager
+def locked(folder: Path, what: str) -> Iterator[None]:
+    """Holds the folder for this thread; may be nested. The lock of a process that dies is free at once.
+
+    Busy where another one holds it, with what it said that it does.
+    """
+    key = folder.resolve()
+    if key in vars(_held):
+        yield
+        return
+    with (folder / LOCK_FILE).open("a+b", buffering=0) as file:
+        _wait_for_lock(file, folder)
+        with suppress(OSError):  # on a full disk nobody hears who holds it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} ({what})".encode())
+        vars(_held)[key] = what
+        try:
+            yield
+        finally:
+            del vars(_held)[key]
+
+
+def _wait_for_lock(file: FileIO, folder: Path) -> None:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while not _try_lock(file):
+        if time.monotonic() > deadline:
+            holder = os.pread(file.fileno(), 200, 0).decode(errors="replace").strip()
+            raise Busy(f"{folder} is being changed by {holder or 'another process'}: wait for it, or stop it")
+        time.sleep(0.02)
+
+
+def _try_lock(file: FileIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _write_all(file: FileIO, content: bytes) -> None:
+    left = memoryview(content)
+    while left:
+        left = left[file.write(left) :]
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """A renamed file is sure to be found after a power cut only when its folder is on disk too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # file systems that cannot, e.g. some network ones
+            raise
+    finally:
+        os.close(handle)
