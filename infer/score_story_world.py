@@ -18,7 +18,7 @@ from tqdm import tqdm
 from conf.command import run
 from infer.story_run import ModelConfig, hash_weights, load_generator
 from storyanchors.conditioning import ClipConditions
-from storyanchors.generator import StoryGenerator
+from storyanchors.generator import SamplerSettings, StoryGenerator, StoryRequest
 from storyanchors.story_world import WorldStory, render_frame, sample_story, score_stories, to_story
 
 HELD_OUT = 1_000_000_000  # write_story_world's stories have smaller seeds, up to its seed=99
@@ -95,21 +95,21 @@ def _generate(
 ) -> Iterator[list[Image.Image]]:
     stories = [to_story(story) for story in world_stories]
     conditions = ClipConditions(config.fps, config.frame_interval, config.motion)
+    settings = SamplerSettings(config.num_steps, config.guidance_scale, config.shift, config.sampler)
+    requests = [
+        StoryRequest(
+            story,
+            {number: truth[index][number - 1] for number in given[index]},
+            conditions=conditions,
+            caption=story.global_caption if config.caption == "global" else None,
+            seed=config.seed + index,
+        )
+        for index, story in enumerate(stories)
+    ]
     with tqdm(total=len(stories), desc=config.mode, unit="story") as bar:
         for start in range(0, len(stories), config.batch):
-            part = range(start, min(start + config.batch, len(stories)))
-            yield from generator.generate_many(
-                [stories[i] for i in part],
-                given=[{number: truth[i][number - 1] for number in given[i]} for i in part],
-                conditions=[conditions] * len(part),
-                captions=[stories[i].global_caption for i in part] if config.caption == "global" else None,
-                num_steps=config.num_steps,
-                guidance_scale=config.guidance_scale,
-                shift=config.shift,
-                sampler=config.sampler,
-                seed=config.seed + start,
-                progress=False,
-            )
+            part = requests[start : start + config.batch]
+            yield from generator.generate_many(part, settings=settings, progress=False)
             bar.update(len(part))
 
 

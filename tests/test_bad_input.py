@@ -24,7 +24,7 @@ from data_pipeline.write_story_world import WriteStoryWorldConfig, write_dataset
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import save_story_model
+from storyanchors.model_folder import save_story_model
 from storyanchors.story import Event, Story
 
 SCHEMAS = {

@@ -16,8 +16,8 @@ from conf.command import run
 from storyanchors.codec import PcaCodec
 from storyanchors.diffusers_export import STORY_PARTS, save_diffusers_wan, verify_diffusers_wan
 from storyanchors.dit import StoryDiT
-from storyanchors.generator import MODEL_FILE, save_story_model
 from storyanchors.lora import LORA_FILE, has_lora, merge_lora, save_lora
+from storyanchors.model_folder import MODEL_FILE, save_story_model
 from storyanchors.output_folder import check_output_folder, output_folder
 from train.parts import CODEC, WORDS, ModelConfig, open_caption_encoder, open_codec
 from train.run_folder import read_network, read_provenance, read_settings, stage_history

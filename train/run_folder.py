@@ -18,8 +18,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import MODEL_FILE, read_story_model
 from storyanchors.lora import WHOLE, LoraSettings, add_lora, merge_lora
+from storyanchors.model_folder import MODEL_FILE, read_story_model
 from storyanchors.weights import load_base_weights, load_story_dit
 from train.saving.checkpoints import (
     NEWEST,

@@ -8,7 +8,7 @@ from infer.score_story_world import HELD_OUT, MODES, ScoreStoryWorldConfig, give
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import save_story_model
+from storyanchors.model_folder import save_story_model
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from infer.story_run import StoryRunConfig
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import save_story_model
+from storyanchors.model_folder import save_story_model
 from storyanchors.story import Event, Story
 
 ROOT = Path(generate_story.__file__).parents[1]

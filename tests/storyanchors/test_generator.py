@@ -13,7 +13,8 @@ from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec, WanCodec
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import MODEL_FILE, StoryGenerator, read_story_model, save_story_model
+from storyanchors.generator import StoryGenerator, StoryRequest
+from storyanchors.model_folder import MODEL_FILE, read_story_model, save_story_model
 from storyanchors.story import Event, Story
 
 SIZE = (16, 24)
@@ -94,7 +95,11 @@ def test_the_global_random_state_neither_matters_nor_changes(generator):
 def test_a_batch_of_different_stories_equals_one_by_one(generator):
     stories = [story_of(2), story_of(5, "a red bird"), story_of(3, "snow")]
     given = [{}, {1: picture(1), 4: picture(2)}, {3: picture(3)}]
-    batch = generator.generate_many(stories, given=given, seed=40, progress=False)
+    requests = [
+        StoryRequest(*wanted, seed=40 + index)
+        for index, wanted in enumerate(zip(stories, given, strict=True))
+    ]
+    batch = generator.generate_many(requests, progress=False)
     for index, (story, frames) in enumerate(zip(stories, batch, strict=True)):
         alone = generator.generate(story, given=given[index], seed=40 + index, progress=False)
         assert np.abs(pixels(frames) - pixels(alone)).max() <= 1
@@ -147,7 +152,7 @@ def test_a_caption_that_is_too_long_is_cut_with_a_warning(parts, caplog):
         *parts[:2], encoder, frame_size=SIZE, num_steps=1, guidance_scale=2.0, shift=1.5
     )
     with caplog.at_level(logging.WARNING):
-        generator.generate_many([story_of(3), story_of(1)], num_frames=3, progress=False)
+        generator.generate_many([StoryRequest(story_of(3)), StoryRequest(story_of(1))], progress=False)
     [record] = caplog.records
     assert record.message.startswith("story 1: the caption is too long for its text encoder and loses")
     assert "the subject 'a fox', the event '[3] a fox runs 3'" in record.message
@@ -190,7 +195,7 @@ def test_a_step_video_network_reads_pairs(parts, tmp_path):
     save_story_model(tmp_path / "model", dit, parts[1], made, info=info)
     generator = StoryGenerator.from_pretrained(tmp_path / "model")
     with recorded_forwards(generator.dit) as forwards:
-        frames = generator.generate_many([story_of(2), story_of(3)], progress=False)
+        frames = generator.generate_many([StoryRequest(story_of(n)) for n in (2, 3)], progress=False)
     assert [len(one) for one in frames] == [2, 3]
     sizes = [tuple(part.shape for part in pair) for pair in forwards[0][3]]
     assert sizes == [((7, 6), (4, 10)), ((7, 6), (5, 10)), ((7, 6), (3, 10)), ((7, 6), (3, 10))]

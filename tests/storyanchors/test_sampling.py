@@ -84,9 +84,10 @@ def test_callback_sees_every_step_and_the_guess_of_the_data(sampler):
 
 
 def test_guidance_extrapolates_from_unconditional_to_conditional():
+    conditional = lambda latents, sigma: latents + 1  # noqa: E731
     both = lambda latents, sigma: (latents + 1, latents)  # noqa: E731
     for scale in (0.0, 1.0, 4.5):
-        found = guided(both, scale)(torch.zeros(3), torch.tensor(0.5))
+        found = guided(conditional, both, scale)(torch.zeros(3), torch.tensor(0.5))
         torch.testing.assert_close(found, torch.full((3,), scale))
 
 
