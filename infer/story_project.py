@@ -170,6 +170,16 @@ class StoryProject:
         """Back to what was shown before; returns the version's number. ValueError at the beginning."""
         return self._move("undo", self._history.before[-1:])
 
+    @property
+    def can_undo(self) -> bool:
+        """Whether there is something to undo."""
+        return bool(self._history.before)
+
+    @property
+    def can_redo(self) -> bool:
+        """Whether there is an undo to take back."""
+        return bool(self._history.undone)
+
     def redo(self) -> int:
         """Takes an undo back; returns the version's number. ValueError where there is none."""
         return self._move("redo", self._history.undone[-1:])
