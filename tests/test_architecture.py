@@ -51,7 +51,14 @@ def test_the_library_imports_no_app_and_nothing_that_only_an_app_needs():
 
 
 def test_inference_needs_nothing_that_only_training_needs():
-    check_never_imported(of("infer"), TRAINING_ONLY)
+    films = [path for path in of("infer") if path.parts[1] == "film"]
+    check_never_imported([path for path in of("infer") if path not in films], TRAINING_ONLY)
+    check_never_imported(films, TRAINING_ONLY - {"av"})
+
+
+def test_only_the_storyboard_knows_gradio():
+    users = [path for path in CODE for name in imports(path) if name.split(".")[0].startswith("gradio")]
+    assert all(path.parts[0] == "infer" and path.parts[1].startswith("storyboard") for path in users)
 
 
 @pytest.mark.parametrize("app", APPS)
