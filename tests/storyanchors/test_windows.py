@@ -73,6 +73,14 @@ def test_a_window_draws_all_it_does_not_know_and_sees_all_it_knows():
         assert window.drawn
 
 
+def test_the_plan_of_a_story_that_was_stopped_is_the_rest_of_its_plan():
+    for num_frames, known, size, overlap in random_cases():
+        plan = plan_windows(num_frames, known, window=size, overlap=overlap)
+        for done, window in enumerate(plan, start=1):
+            known = known | set(window.drawn)
+            assert plan_windows(num_frames, known, window=size, overlap=overlap) == plan[done:]
+
+
 def test_no_frame_is_drawn_beside_a_known_one_that_is_not_seen():
     for window, seen, *_ in steps():
         assert not is_blind(window.first, window.last, seen)
