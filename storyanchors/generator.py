@@ -7,8 +7,8 @@ Legend: F story frames, C latent channels, h w latent size. Frames are numbered 
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,16 +17,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from storyanchors.block_cache import block_cache
 from storyanchors.caption_cache import embedding_to
 from storyanchors.caption_encoder import fit_caption
-from storyanchors.clip import frames_to_tensor, tensor_to_frames
-from storyanchors.conditioning import ClipConditions, stack_condition_channels
+from storyanchors.clip import tensor_to_frames
+from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT
-from storyanchors.flow import sampling_sigmas
+from storyanchors.embedders import CaptionEmbedding
 from storyanchors.memory import MEMORY_MODES, at_work, memory_advice, out_of_memory_explained
 from storyanchors.model_folder import load_parts, read_story_model
-from storyanchors.sampling import SAMPLERS, acts_at, guided
+from storyanchors.packed_sampling import NoisyClip, needs_guidance, noisy_clip, sample_clips
 from storyanchors.story import Story
 from storyanchors.story_edit import StoryEdit
 from storyanchors.story_edit import window as window_of
@@ -195,7 +194,12 @@ class StoryGenerator:
         if known and height is None and width is None:
             height, width = known[min(known)].height, known[min(known)].width
         settings, plan = self.full_settings(settings), self.windows(edit, window, overlap)
-        bar = tqdm(total=len(plan) * settings.num_steps, desc="sampling", unit="step", disable=not progress)
+        bar = tqdm(
+            total=len(plan) * settings.num_steps,
+            desc="sampling",
+            unit="step",
+            disable=not (progress and plan),
+        )
         with bar, _stoppable(known):
             for index, place in enumerate(plan):
                 shift = place.first - 1
@@ -219,7 +223,7 @@ class StoryGenerator:
         window, the number of frames at once, defaults to the model's max_frames, and overlap, the frames that
         a window shares with what is there, to half of it. ValueError where they do not fit together.
         """
-        window = window or self.max_frames or max(2, edit.story.num_frames)
+        window = window or self.max_frames or max(3, edit.story.num_frames)
         overlap = max(1, window // 2) if overlap is None else overlap
         return plan_windows(edit.story.num_frames, edit.kept, window=window, overlap=overlap)
 
@@ -240,7 +244,7 @@ class StoryGenerator:
         if longer > PREVIEW_SIDE:
             size = [max(1, side * PREVIEW_SIDE // longer) for side in latents.shape[-2:]]
             latents = F.interpolate(latents, size=size, mode="area")
-        with at_work(self.codec, self.device, self.memory):
+        with self._at_work(self.codec):
             return tensor_to_frames(self.codec.decode(latents))
 
     @torch.inference_mode()
@@ -255,97 +259,44 @@ class StoryGenerator:
         requests = [request.filled(self.frame_size, multiple) for request in requests]
         sizes = {f"{one.num_frames} frames of {one.height} x {one.width} pixels" for one in requests}
         advice = memory_advice(self.device, self.dit.dtype, self.memory, num_requests=len(requests))
-        with out_of_memory_explained(f"drawing {' and '.join(sorted(sizes))}", advice):
-            texts = [
-                self._fitted(request.caption, f"story {number}")
-                for number, request in enumerate(requests, start=1)
-            ]
-            clips = [self._clip(request) for request in requests]
-            latents = self._sample(clips, texts, settings, bar, callback)
-            with at_work(self.codec, self.device, self.memory):
-                return [self._frames(*drawn) for drawn in zip(requests, clips, latents, strict=True)]
 
-    def _fitted(self, caption: str, whose: str) -> str:
-        """As much of the caption as the text encoder takes."""
-        fitted = fit_caption(caption, self.caption_encoder)
-        if fitted.dropped:
-            log.warning("%s: %s", whose, fitted.loss)
-        return fitted.text
-
-    def _clip(self, request: StoryRequest) -> "_Clip":
-        """Draws the noise of a request whose sizes are filled in, and encodes what is given."""
-        stride = self.codec.spatial_stride
-        size = (request.height // stride, request.width // stride)
-        shape = (request.num_frames, self.codec.latent_channels, *size)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed)).to(self.device)
-        cond_latents = torch.zeros_like(noise)
-        cond_mask = torch.zeros(request.num_frames, device=self.device)
-        if request.given:
-            rows = torch.tensor(list(request.given), device=self.device) - 1
-            pixels = frames_to_tensor(list(request.given.values())).to(self.device)
-            with at_work(self.codec, self.device, self.memory):
-                cond_latents[rows] = self.codec.encode(pixels).to(noise.dtype)
-            cond_mask[rows] = 1
-        return _Clip(noise, cond_latents, cond_mask, request.conditions)
-
-    def _sample(
-        self,
-        clips: list["_Clip"],
-        texts: list[str],
-        settings: SamplerSettings,
-        bar: tqdm,
-        callback: Callback | None,
-    ) -> list[Tensor]:
-        """Latents (F, C, h, w) of every clip. All clips are one flat tensor to the sampler."""
-        sigmas = sampling_sigmas(settings.num_steps, settings.shift)
-        guidance = (settings.guidance_scale, settings.guidance_interval)
-        is_guided = any(acts_at(sigma, *guidance) for sigma in sigmas[:-1])
-        texts = [*texts, self._fitted(settings.negative_prompt, "negative prompt")] if is_guided else texts
-        with at_work(self.caption_encoder, self.device, self.memory):
-            captions = [embedding_to(caption, self.device) for caption in self.caption_encoder.encode(texts)]
-        captions += captions[-1:] * (len(clips) - 1) if is_guided else []
-        shapes = [clip.noise.shape for clip in clips]
-
-        def unpack(latents: Tensor) -> list[Tensor]:
-            parts = latents.split([shape.numel() for shape in shapes])
-            return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-        def forward(latents: Tensor, sigma: Tensor, times: int = 1) -> Tensor:
-            """The velocities with the caption, and with times=2 those without it behind them."""
-            inputs = times * [
-                stack_condition_channels(noisy, clip.cond_latents, clip.cond_mask)
-                for noisy, clip in zip(unpack(latents), clips, strict=True)
-            ]
-            timesteps = (1000 * sigma).to(self.device, torch.float32).expand(len(inputs))
-            conditions = times * [clip.conditions for clip in clips]
-            velocity = self.dit(inputs, timesteps, conditions, captions[: len(inputs)])
-            return torch.cat([clip_velocity.float().flatten() for clip_velocity in velocity])
-
-        def after_step(step: int, guess: Tensor) -> None:
+        def on_step(step: int, guesses: list[Tensor]) -> None:
             bar.update()
-            if callback and callback(step, unpack(guess)) is False:
+            if callback and callback(step, guesses) is False:
                 raise SamplingStopped({})
 
-        denoise = guided(forward, lambda *args: forward(*args, times=2).chunk(2), *guidance)
-        noise = torch.cat([clip.noise.flatten() for clip in clips])
-        cache = block_cache(self.dit, settings.cache_threshold) if settings.cache_threshold else nullcontext()
-        with at_work(self.dit, self.device, self.memory), cache:
-            return unpack(SAMPLERS[settings.sampler](denoise, noise, sigmas, after_step))
+        with out_of_memory_explained(f"drawing {' and '.join(sorted(sizes))}", advice):
+            captions, negative = self._captions(requests, settings)
+            with self._at_work(self.codec):
+                clips = [noisy_clip(request, self.codec, self.device) for request in requests]
+            with self._at_work(self.dit):
+                latents = sample_clips(self.dit, clips, captions, negative, settings, on_step)
+            with self._at_work(self.codec):
+                return [self._frames(*drawn) for drawn in zip(requests, clips, latents, strict=True)]
 
-    def _frames(self, request: StoryRequest, clip: "_Clip", latents: Tensor) -> list[Image.Image]:
+    def _captions(
+        self, requests: Sequence[StoryRequest], settings: SamplerSettings
+    ) -> tuple[list[CaptionEmbedding], CaptionEmbedding | None]:
+        """Embeddings of the requests' captions, and of the negative prompt where guidance acts."""
+        texts = {f"story {number}": request.caption for number, request in enumerate(requests, start=1)}
+        if needs_guidance(settings):
+            texts["negative prompt"] = settings.negative_prompt
+        fitted = {whose: fit_caption(text, self.caption_encoder) for whose, text in texts.items()}
+        for whose, caption in fitted.items():
+            if caption.dropped:
+                log.warning("%s: %s", whose, caption.loss)
+        with self._at_work(self.caption_encoder):
+            encoded = self.caption_encoder.encode([caption.text for caption in fitted.values()])
+        captions = [embedding_to(caption, self.device) for caption in encoded]
+        return captions[: len(requests)], captions[-1] if len(captions) > len(requests) else None
+
+    def _frames(self, request: StoryRequest, clip: NoisyClip, latents: Tensor) -> list[Image.Image]:
         generated = iter(tensor_to_frames(self.codec.decode(latents[clip.cond_mask == 0])))
         numbers = range(1, request.num_frames + 1)
         return [request.given[number] if number in request.given else next(generated) for number in numbers]
 
-
-@dataclass(frozen=True)
-class _Clip:
-    """What the sampler needs of one request."""
-
-    noise: Tensor  # (F, C, h, w)
-    cond_latents: Tensor  # (F, C, h, w)
-    cond_mask: Tensor  # (F,), 1 = given
-    conditions: ClipConditions
+    def _at_work(self, part) -> AbstractContextManager[None]:
+        return at_work(part, self.device, self.memory)
 
 
 def _later(callback: Callback | None, steps: int) -> Callback | None:

@@ -88,15 +88,22 @@ def save_lora(dit: StoryDiT, folder: str | Path) -> None:
     save_file(tensors, Path(folder) / LORA_FILE, metadata=metadata)
 
 
-def load_lora(dit: StoryDiT, folder: str | Path) -> LoraSettings:
-    """Puts an adapter of save_lora over the base network that it was trained on.
+def load_lora(dit: StoryDiT, path: str | Path) -> LoraSettings:
+    """Puts an adapter of save_lora, its folder or its file, over the base network that it was trained on.
 
     ValueError, with dit as it was, unless the file's settings are there and its tensors are exactly those of
     such an adapter of this network.
     """
     _check_has_none(dit)
-    settings = _check_file(dit, Path(folder) / LORA_FILE)
-    dit.load_lora_adapter(str(folder), prefix=None, use_safetensors=True, adapter_name="default")
+    file = Path(path) / LORA_FILE if Path(path).is_dir() else Path(path)
+    settings = _check_file(dit, file)
+    dit.load_lora_adapter(
+        str(file.parent),
+        weight_name=file.name,
+        prefix=None,
+        use_safetensors=True,
+        adapter_name="default",
+    )
     for name, parameter in dit.named_parameters():
         parameter.requires_grad_(".default." in name)
     return settings
@@ -122,7 +129,7 @@ def _check_has_none(dit: StoryDiT) -> None:
 
 def _check_file(dit: StoryDiT, file: Path) -> LoraSettings:
     if not file.is_file():
-        raise ValueError(f"found no {LORA_FILE} in {file.parent}")
+        raise ValueError(f"found no LoRA at {file}, expected the {LORA_FILE} of save_lora, or its folder")
     try:
         with safe_open(file, framework="pt") as stored:
             metadata = stored.metadata() or {}

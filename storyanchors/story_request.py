@@ -37,7 +37,7 @@ class StoryRequest:
     seed: int = 0
 
     def filled(self, frame_size: tuple[int, int], multiple: int) -> "StoryRequest":
-        """With every size known; frame_size (height, width) is the default, and `multiple` divides every side.
+        """With every size known; frame_size (height, width) is the default, `multiple` divides every side.
 
         ValueError for sizes, given frames and a seed that do not fit; frames come back in mode RGB.
         """

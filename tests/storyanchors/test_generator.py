@@ -1,6 +1,10 @@
+import copy
 import dataclasses
 import json
 import logging
+import re
+import shutil
+import signal
 from contextlib import contextmanager
 
 import numpy as np
@@ -13,9 +17,26 @@ from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec, WanCodec
 from storyanchors.conditioning import ClipConditions
 from storyanchors.dit import StoryDiT, StoryDiTConfig
-from storyanchors.generator import StoryGenerator, StoryRequest
+from storyanchors.flow import sampling_sigmas
+from storyanchors.generator import (
+    PREVIEW_SIDE,
+    SamplingStopped,
+    StoryGenerator,
+    StoryRequest,
+)
+from storyanchors.lora import LORA_FILE, LoraSettings, add_lora, has_lora, save_lora
 from storyanchors.model_folder import MODEL_FILE, read_story_model, save_story_model
 from storyanchors.story import Event, Story
+from storyanchors.story_edit import (
+    delete_frames,
+    edit_frames,
+    extend_left,
+    extend_right,
+    insert_event,
+    keep_frames,
+    redraw_frames,
+)
+from storyanchors.story_request import NEGATIVE_STORY_PROMPT
 
 SIZE = (16, 24)
 INFO = {"frame_size": list(SIZE), "num_steps": 3, "guidance_scale": 2.0, "shift": 1.5}
@@ -138,6 +159,60 @@ def test_guidance_of_one_is_the_conditional_model_alone(generator):
     assert np.abs(pixels(alone) - pixels(nearly)).max() <= 1
 
 
+def test_guidance_over_the_whole_interval_is_plain_guidance(generator):
+    plain = generator.generate(story_of(3), progress=False)
+    whole = generator.generate(story_of(3), guidance_interval=(0.0, 1.0), progress=False)
+    np.testing.assert_array_equal(pixels(whole), pixels(plain))
+
+
+def test_guidance_outside_its_interval_costs_no_second_forward(generator):
+    middle = sampling_sigmas(3, generator.shift)[1]  # of three steps the second
+    with recorded_forwards(generator.dit) as forwards:
+        within = generator.generate(story_of(2), guidance_interval=(middle, middle), progress=False)
+        none = generator.generate(story_of(2), guidance_interval=(0.0, 0.01), progress=False)
+    assert [len(inputs) for inputs, *_ in forwards] == [1, 2, 1, 1, 1, 1]
+    np.testing.assert_array_equal(
+        pixels(none), pixels(generator.generate(story_of(2), guidance_scale=1.0, progress=False))
+    )
+    assert np.abs(pixels(within) - pixels(none)).max() > 0
+
+
+def test_guidance_leads_away_from_the_negative_prompt(generator):
+    with recorded_forwards(generator.dit) as forwards:
+        plain = generator.generate(story_of(2), progress=False)
+        led = generator.generate(story_of(2), negative_prompt="rain", progress=False)
+        itself = generator.generate(story_of(2), negative_prompt=story_of(2).prompt(), progress=False)
+    read = [captions[1] for *_, captions in forwards]
+    assert torch.equal(read[0], WordEncoder().encode([""])[0])
+    assert torch.equal(read[3], WordEncoder().encode(["rain"])[0])
+    assert np.abs(pixels(led) - pixels(plain)).max() > 0
+    # away from itself is nowhere: the conditional model alone
+    alone = generator.generate(story_of(2), guidance_scale=1.0, progress=False)
+    assert np.abs(pixels(itself) - pixels(alone)).max() <= 1
+
+
+def test_the_negative_story_prompt_does_not_speak_against_stories():
+    words = NEGATIVE_STORY_PROMPT.lower()
+    for wanted in ("static", "still", "motion", "shot", "cut", "scene", "camera", "background"):
+        assert wanted not in words
+
+
+def test_the_block_cache_lives_for_one_call_and_skips_blocks(generator):
+    calls = []
+    hook = generator.dit.blocks[1].register_forward_hook(lambda *_: calls.append(1))
+    plain = generator.generate(story_of(3), num_steps=6, progress=False)
+    num_plain = len(calls)
+    never = generator.generate(story_of(3), num_steps=6, cache_threshold=1e-9, progress=False)
+    calls.clear()
+    generator.generate(story_of(3), num_steps=6, cache_threshold=1e9, progress=False)
+    skipped = num_plain - len(calls)
+    again = generator.generate(story_of(3), num_steps=6, progress=False)
+    hook.remove()
+    assert (num_plain, skipped) == (6, 5)
+    np.testing.assert_array_equal(pixels(never), pixels(plain))
+    np.testing.assert_array_equal(pixels(again), pixels(plain))
+
+
 def test_known_conditions_are_kept_and_sizes_filled_in(generator):
     with recorded_forwards(generator.dit) as forwards:
         generator.generate(story_of(3), conditions=ClipConditions(frame_interval=69), progress=False)
@@ -213,6 +288,151 @@ def test_callback_sees_the_guess_of_the_latents_after_every_step(generator):
     assert all(len(latents) == 1 and latents[0].shape == (3, 4, 4, 6) for _, latents in calls)
 
 
+def test_requests_of_different_sizes_share_a_forward(generator):
+    requests = [StoryRequest(story_of(2)), StoryRequest(story_of(2), height=32, width=8, seed=3)]
+    with recorded_forwards(generator.dit) as forwards:
+        small, tall = generator.generate_many(requests, progress=False)
+    assert len(forwards) == 3
+    assert [small[0].size, tall[0].size] == [(24, 16), (8, 32)]
+    alone = generator.generate(story_of(2), height=32, width=8, seed=3, progress=False)
+    assert np.abs(pixels(tall) - pixels(alone)).max() <= 1
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_false_from_the_callback_ends_the_sampling_there(generator, number):
+    steps = []
+
+    def callback(step, latents):
+        steps.append(step)
+        return step < number
+
+    with pytest.raises(SamplingStopped) as stopped:
+        generator.generate(story_of(2), progress=False, callback=callback)
+    assert steps == list(range(1, number + 1))
+    assert stopped.value.frames == {}
+
+
+def test_ctrl_c_ends_the_sampling_alike(generator):
+    def press(step, latents):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(SamplingStopped):
+        generator.generate(story_of(2), progress=False, callback=press)
+
+
+def test_a_preview_is_what_the_last_guess_decodes_to(generator):
+    guesses = []
+    frames = generator.generate(story_of(3), progress=False, callback=lambda _, x: guesses.append(x[0]))
+    np.testing.assert_array_equal(pixels(generator.preview(guesses[-1])), pixels(frames))
+
+
+def test_a_preview_is_small(generator):
+    wide = generator.preview(torch.randn(2, 4, 50, 200))  # of 200 x 800 pixels
+    assert [frame.size for frame in wide] == [(PREVIEW_SIDE, PREVIEW_SIDE // 4)] * 2
+
+
+STORY = story_of(4)
+FRAMES = {number: picture(number) for number in range(1, 5)}  # before the edit
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        keep_frames(STORY, [1, 2]),
+        redraw_frames(STORY, [2]),
+        edit_frames(STORY, {3: "it rains"}),
+        insert_event(STORY, 2, "it rains", 2),
+        extend_left(STORY, [("it rains", 1)]),
+        extend_right(STORY, [("it rains", 5)]),
+        delete_frames(STORY, [2]).then(extend_right(story_of(3), [("it rains", 1)])),
+    ],
+    ids=lambda edit: edit.what,
+)
+@pytest.mark.parametrize("window", [None, 3])
+def test_redraw_draws_what_the_edit_does_not_keep(generator, edit, window):
+    frames = generator.redraw(edit, FRAMES, window=window, progress=False)
+    assert len(frames) == edit.story.num_frames
+    for number, frame in enumerate(frames, start=1):
+        if number in edit.kept:
+            assert frame is FRAMES[edit.kept[number]]
+        else:
+            assert frame not in FRAMES.values() and frame.size == (24, 16)
+    again = generator.redraw(edit, list(FRAMES.values()), window=window, progress=False)
+    np.testing.assert_array_equal(pixels(again), pixels(frames))
+    other = generator.redraw(edit, FRAMES, window=window, seed=1, progress=False)
+    assert all(np.abs(pixels(other) - pixels(frames))[number - 1].max() > 0 for number in edit.drawn())
+
+
+def test_a_redraw_of_one_window_is_a_call_of_generate(generator):
+    edit = insert_event(STORY, 2, "it rains")
+    given = {number: FRAMES[before] for number, before in edit.kept.items()}
+    expected = generator.generate(edit.story, given=given, seed=5, progress=False)
+    np.testing.assert_array_equal(
+        pixels(generator.redraw(edit, FRAMES, seed=5, progress=False)), pixels(expected)
+    )
+
+
+def test_a_window_sees_its_part_of_the_story_and_all_that_is_known_of_it(generator):
+    edit = extend_right(STORY, [("it rains", 4)])
+    first, second = generator.windows(edit, window=4, overlap=2)
+    assert (first.given, first.drawn, second.given, second.drawn) == ((3, 4), (5, 6), (5, 6), (7, 8))
+    frames = generator.redraw(edit, FRAMES, window=4, overlap=2, seed=7, progress=False)
+    rain = Event(3, 4, "it rains")
+    told = Story([Event(1, 1, "a fox runs 3"), Event(2, 2, "a fox runs 4"), rain], ["a fox"])
+    expected = generator.generate(told, given={1: FRAMES[3], 2: FRAMES[4]}, seed=7, progress=False)
+    np.testing.assert_array_equal(pixels(frames[4:6]), pixels(expected[2:]))
+    told = Story([Event(1, 4, "it rains")], ["a fox"])
+    expected = generator.generate(told, given={1: frames[4], 2: frames[5]}, seed=8, progress=False)
+    np.testing.assert_array_equal(pixels(frames[6:]), pixels(expected[2:]))
+
+
+def test_the_model_says_how_long_a_window_is(parts):
+    settings = dict(frame_size=SIZE, num_steps=2, guidance_scale=1.0, shift=1.5)
+    generator = StoryGenerator(*parts, **settings, max_frames=4)
+    with recorded_forwards(generator.dit) as forwards:
+        frames = generator.redraw(keep_frames(story_of(9), []), {}, progress=False)
+    assert len(frames) == 9
+    assert {len(clip) for inputs, *_ in forwards for clip in inputs} == {4}
+
+
+def test_redraw_by_windows_tells_of_each_and_goes_on_where_it_was_stopped(generator):
+    edit = extend_right(STORY, [("it rains", 6)])
+    finished, steps = [], []
+    arguments = dict(window=4, overlap=2, progress=False)
+    whole = generator.redraw(
+        edit,
+        FRAMES,
+        **arguments,
+        finished=finished.append,
+        callback=lambda step, latents: steps.append((step, len(latents[0]))),
+    )
+    assert [sorted(known) for known in finished] == [list(range(1, n + 1)) for n in (6, 8, 10)]
+    assert steps == [(step, 4) for step in range(1, 10)]
+    with pytest.raises(SamplingStopped) as stopped:
+        generator.redraw(edit, FRAMES, **arguments, callback=lambda step, _: step != 4)
+    known = stopped.value.frames
+    assert sorted(known) == [1, 2, 3, 4, 5, 6]
+    rest = keep_frames(edit.story, sorted(known))
+    resumed = generator.redraw(rest, known, **arguments, seed=1)
+    np.testing.assert_array_equal(pixels(resumed), pixels(whole))
+
+
+def test_a_mere_deletion_runs_no_network(generator):
+    with recorded_forwards(generator.dit) as forwards:
+        frames = generator.redraw(delete_frames(STORY, [2, 3]), FRAMES)
+    assert frames == [FRAMES[1], FRAMES[4]] and not forwards
+
+
+def test_frames_of_another_size_than_the_models_stay_in_theirs(generator):
+    frames = {number: picture(number, (32, 8)) for number in (1, 2)}
+    drawn = generator.redraw(keep_frames(story_of(3), [1, 2]), frames, progress=False)
+    assert [frame.size for frame in drawn] == [(8, 32)] * 3
+    with pytest.raises(ValueError, match="given frame 2 has 24 x 16 pixels, expected 8 x 32"):
+        generator.redraw(keep_frames(story_of(3), [1, 2]), frames | {2: picture(2)}, progress=False)
+    with pytest.raises(ValueError, match=r"keeps frames \[2\], found frames \[1\]"):
+        generator.redraw(keep_frames(story_of(3), [1, 2]), {1: frames[1]}, progress=False)
+
+
 @pytest.mark.parametrize(
     "arguments, found, expected",
     [
@@ -231,6 +451,9 @@ def test_callback_sees_the_guess_of_the_latents_after_every_step(generator):
         ({"shift": 0.0}, "0.0", "above 0"),
         ({"sampler": "ddim"}, "'ddim'", "euler, unipc"),
         ({"seed": -1}, "-1", "below 0"),
+        ({"guidance_interval": (0.5, 0.2)}, "[0.5, 0.2]", "[low, high]"),
+        ({"guidance_interval": (0.0, 2.0)}, "2.0", "between 0 (data) and 1 (noise)"),
+        ({"cache_threshold": -0.1}, "-0.1", "from 0"),
     ],
 )
 def test_bad_requests_say_what_was_found_and_expected(generator, arguments, found, expected):
@@ -292,6 +515,41 @@ def test_saving_replaces_a_model_but_no_other_folder_and_leaves_nothing_half_wri
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "notes"]
 
 
+def test_an_adapter_is_merged_into_the_network(parts, tmp_path):
+    save_story_model(tmp_path / "model", *parts, info=INFO)
+    adapted = copy.deepcopy(parts[0])
+    add_lora(adapted, LoraSettings(rank=2))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    save_lora(adapted, tmp_path / "adapter")
+    expected = StoryGenerator(adapted, *parts[1:], frame_size=SIZE, num_steps=3, guidance_scale=2, shift=1.5)
+    expected = pixels(expected.generate(story_of(2), progress=False))
+    for lora in (tmp_path / "adapter", tmp_path / "adapter" / LORA_FILE):
+        loaded = StoryGenerator.from_pretrained(tmp_path / "model", lora=lora)
+        assert not has_lora(loaded.dit)
+        frames = pixels(loaded.generate(story_of(2), progress=False))
+        assert np.abs(frames - expected).max() <= 1
+    plain = StoryGenerator.from_pretrained(tmp_path / "model")
+    assert np.abs(pixels(plain.generate(story_of(2), progress=False)) - expected).max() > 1
+    save_story_model(tmp_path / "model", StoryDiT(StoryDiTConfig.preset("tiny")), *parts[1:], info=INFO)
+    with pytest.raises(ValueError, match="does not fit the network"):
+        StoryGenerator.from_pretrained(tmp_path / "model", lora=tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "part", ["transformer", "codec", "caption_encoder", "transformer/config.json", "codec/codec.safetensors"]
+)
+def test_a_missing_part_is_named(parts, tmp_path, part):
+    save_story_model(tmp_path / "model", *parts, info=INFO)
+    path = tmp_path / "model" / part
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises((ValueError, OSError), match=re.escape(str(tmp_path / "model"))) as error:
+        StoryGenerator.from_pretrained(tmp_path / "model")
+    assert part.split("/")[-1].split(".")[0] in str(error.value)
+
+
 def test_broken_model_folders_are_named(parts, tmp_path):
     with pytest.raises(OSError, match="has no story_model"):
         StoryGenerator.from_pretrained(tmp_path)
@@ -310,6 +568,13 @@ def test_broken_model_folders_are_named(parts, tmp_path):
     save_story_model(tmp_path / "model", *parts, info=INFO | {"codec": {"reference": str(tmp_path / "none")}})
     with pytest.raises((OSError, ValueError), match="none"):
         StoryGenerator.from_pretrained(tmp_path / "model")
+    save_story_model(tmp_path / "model", *parts, info=INFO | {"max_frames": 8})
+    assert StoryGenerator.from_pretrained(tmp_path / "model").max_frames == 8
+    for wrong in (0, True, "8"):
+        info.write_text(json.dumps(read_story_model(tmp_path / "model") | {"max_frames": wrong}))
+        with pytest.raises(ValueError, match=f"max_frames is {wrong!r}, expected a number of frames"):
+            StoryGenerator.from_pretrained(tmp_path / "model")
+        info.write_text(json.dumps(json.loads(info.read_text()) | {"max_frames": 8}))
     other = PcaCodec.fit(torch.rand(8, 3, *SIZE), latent_channels=6)
     save_story_model(tmp_path / "model", parts[0], other, parts[2], info=INFO)
     with pytest.raises(ValueError, match="latent_channels 6 for a network of 4"):

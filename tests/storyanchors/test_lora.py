@@ -124,6 +124,16 @@ def test_saved_and_loaded_it_is_the_same(base, adapted, tmp_path):
     assert trained(dit) == trained(adapted)
 
 
+def test_the_file_may_have_another_name(base, adapted, tmp_path):
+    save_lora(adapted, tmp_path)
+    (tmp_path / LORA_FILE).rename(tmp_path / "watercolour.safetensors")
+    dit = copy.deepcopy(base)
+    load_lora(dit, tmp_path / "watercolour.safetensors")
+    assert difference(dit, adapted) == 0
+    with pytest.raises(ValueError, match=r"found no LoRA at .*/nowhere"):
+        load_lora(copy.deepcopy(base), tmp_path / "nowhere")
+
+
 def test_the_same_adapter_is_the_same_file(adapted, tmp_path):
     for name in "ab":
         save_lora(adapted, tmp_path / name)
@@ -209,7 +219,7 @@ def cut_off(file: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "found no pytorch_lora_weights.safetensors"),
+        (Path.unlink, "found no LoRA at .*pytorch_lora_weights.safetensors"),
         (no_settings, "does not say its rank and alpha"),
         (without("blocks.1.attn2.to_k.lora_B"), r"lacks blocks\.1\.attn2\.to_k\.lora_B\.weight"),
         (without("story_embedder"), "lacks story_embedder.* more"),

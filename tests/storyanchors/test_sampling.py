@@ -91,6 +91,22 @@ def test_guidance_extrapolates_from_unconditional_to_conditional():
         torch.testing.assert_close(found, torch.full((3,), scale))
 
 
+def test_guidance_acts_within_its_interval_and_costs_nothing_outside(sampler):
+    seen = {"conditional": [], "both": []}
+
+    def conditional(latents, sigma):
+        seen["conditional"].append(float(sigma))
+        return latents + 1
+
+    def both(latents, sigma):
+        seen["both"].append(float(sigma))
+        return latents + 1, latents
+
+    sigmas = sampling_sigmas(8, 1.0)  # 1, 7/8, ...
+    sampler(guided(conditional, both, 3.0, (0.25, 0.75)), torch.zeros(3), sigmas)
+    assert seen == {"conditional": [1.0, 0.875, 0.125], "both": [0.75, 0.625, 0.5, 0.375, 0.25]}
+
+
 def test_noising_and_one_exact_step_are_inverse(sampler):
     latents, noise, sigma = torch.randn(3), torch.randn(3), torch.tensor([0.7])
     noisy = add_noise(latents[None], noise[None], sigma)[0]
