@@ -124,20 +124,21 @@ def test_changed_stories_stand_in_reading_order_and_a_text_that_goes_on_is_one_e
 
 
 def test_events_that_begin_together_keep_their_order():
-    story = Story([Event(3, 3, "z"), Event(1, 2, "m"), Event(1, 3, "a")])
-    assert insert_event(story, 1, "new").story.events == [
-        Event(1, 1, "m"),
-        Event(1, 1, "a"),
-        Event(2, 2, "new"),
-        Event(3, 3, "m"),
-        Event(3, 4, "a"),
-        Event(4, 4, "z"),
+    story = Story([Event(3, 3, "z"), *(Event(1, 3, text) for text in "gfedcba"), Event(1, 2, "m")])
+    inserted = insert_event(story, 1, "new").story.events
+    assert [(event.first_frame, event.last_frame, event.description) for event in inserted] == [
+        *((1, 1, text) for text in "gfedcbam"),
+        (2, 2, "new"),
+        *((3, 4, text) for text in "gfedcba"),
+        (3, 3, "m"),
+        (4, 4, "z"),
     ]
 
 
 def test_texts_per_frame_and_events_say_the_same():
     for _, story in CASES:
         assert [set(texts) for texts in story.descriptions()] == told(story)
+        assert all(len(texts) == len(set(texts)) for texts in story.descriptions())
         assert told(in_reading_order(story)) == told(story)
         assert in_reading_order(in_reading_order(story)) == in_reading_order(story)
 
