@@ -9,6 +9,7 @@ from html import escape
 
 from data_pipeline.labeling.findings import Finding, PoolEvent
 from storyanchors.contact_sheet import EVENT_COLOURS
+from storyanchors.markup import Html, element, join
 from storyanchors.story import Event, Story
 
 # Browsers refuse whatever this does not allow, also where our escaping should have a hole
@@ -47,10 +48,6 @@ ol, ul { margin: 2px 0; padding-left: 1.4em; } .events { list-style: none; paddi
 .findings .status { margin: 0 6px 0 0; font-weight: 400; }
 pre { white-space: pre-wrap; background: #f1efe9; padding: 8px; margin: 4px 0; font-size: 12px; }
 """
-
-
-class Html(str):
-    """Text that is markup already; any other str is escaped before it goes into an element."""
 
 
 @dataclass(frozen=True)
@@ -116,17 +113,6 @@ class Section:
     about: str
     clips: list[ReviewedClip]
     elsewhere: list[str] = field(default_factory=list)
-
-
-def element(name: str, *children: str | None, **attributes: str) -> Html:
-    """An HTML element. Attributes with a trailing underscore stand for Python's reserved words."""
-    written = "".join(f' {key.rstrip("_")}="{escape(value)}"' for key, value in attributes.items())
-    inside = "".join(child if isinstance(child, Html) else escape(child) for child in children if child)
-    return Html(f"<{name}{written}>{inside}</{name}>")
-
-
-def join(parts: list[Html]) -> Html:
-    return Html("".join(parts))
 
 
 def review_page(title: str, facts: list[str], tables: list[Table], sections: list[Section]) -> str:
