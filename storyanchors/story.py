@@ -104,11 +104,11 @@ class Story:
 
     def descriptions(self) -> list[tuple[str, ...]]:
         """What is told of each frame, frame 1 first: the texts of its events in their order, each once."""
-        covering = lambda number: (e for e in self.events if e.first_frame <= number <= e.last_frame)  # noqa: E731
-        return [
-            tuple(dict.fromkeys(event.description for event in covering(number)))
-            for number in range(1, self.num_frames + 1)
-        ]
+        told: list[dict[str, None]] = [{} for _ in range(self.num_frames)]
+        for event in self.events:
+            for number in range(event.first_frame, event.last_frame + 1):
+                told[number - 1][event.description] = None
+        return [tuple(texts) for texts in told]
 
     @classmethod
     def from_descriptions(

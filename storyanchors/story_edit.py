@@ -8,6 +8,7 @@ Which frames are drawn is what `kept` leaves out: one mask for all operations.
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from storyanchors.clip import MAX_FRAMES
 from storyanchors.story import Story
 
 
@@ -93,6 +94,7 @@ def delete_frames(story: Story, numbers: Collection[int]) -> StoryEdit:
 
 def replace_story(story: Story, new_story: Story, keep: Collection[int]) -> StoryEdit:
     """Another story, of any length, around frames that keep their numbers."""
+    _check_length(new_story.num_frames)
     _check_frames(keep, min(story.num_frames, new_story.num_frames), "keep")
     kept = {number: number for number in keep}
     drawn = [number for number in range(1, new_story.num_frames + 1) if number not in kept]
@@ -117,10 +119,12 @@ def _insert(story: Story, after: int, events: Sequence[tuple[str, int]]) -> Stor
     where = places.get(after, f"after frame {after}")
     if not events:
         raise ValueError(f"insert {where}: found no event, expected (description, num_frames)")
-    new = []
-    for description, num_frames in events:
+    for _, num_frames in events:
         if not _is_whole(num_frames) or num_frames < 1:
             raise ValueError(f"insert {where}: num_frames must be at least 1, found {num_frames!r}")
+    _check_length(story.num_frames + sum(num_frames for _, num_frames in events))
+    new: list[tuple[str, ...]] = []
+    for description, num_frames in events:
         new += [(_text(description, f"an event {where}"),)] * num_frames
     told = story.descriptions()
     kept = {n if n <= after else n + len(new): n for n in range(1, story.num_frames + 1)}  # after -> before
@@ -150,6 +154,11 @@ def _text(description: str, where: str) -> str:
 
 def _is_whole(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool)
+
+
+def _check_length(num_frames: int) -> None:
+    if num_frames > MAX_FRAMES:
+        raise ValueError(f"a story of {num_frames} frames is too long, expected at most {MAX_FRAMES}")
 
 
 def _check_frames(numbers: Iterable[int], num_frames: int, what: str) -> None:

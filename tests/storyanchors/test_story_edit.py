@@ -358,6 +358,8 @@ STORY = Story([Event(1, 3, "a")])
         (lambda: insert_event(STORY, True, "b"), "insert after frame True: expected 0 to 3"),
         (lambda: insert_event(STORY, 1, ""), "the text of an event after frame 1 is empty, found ''"),
         (lambda: insert_event(STORY, 1, "b", 0), "after frame 1: num_frames must be at least 1, found 0"),
+        (lambda: insert_event(STORY, 1, "b", 10**9), "a story of 1000000003 frames is too long, exp"),
+        (lambda: keep_frames(Story([Event(1, 10**9, "a")]), []), "a story of 1000000000 frames is too long"),
         (lambda: extend_right(STORY, []), "insert at the end: found no event, expected (desc"),
         (lambda: extend_left(STORY, [("b", 2), (" ", 1)]), "the text of an event at the beginning is empty"),
         (lambda: extend_left(STORY, [("b", 1.5)]), "num_frames must be at least 1, found 1.5"),
