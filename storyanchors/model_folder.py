@@ -89,8 +89,8 @@ def _check_info(info: dict, where: str) -> None:
         if not isinstance(info[name], kind):
             raise ValueError(f"{where}: {name} is {info[name]!r}, expected a number")
     most = info.get("max_frames")
-    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 1):
-        raise ValueError(f"{where}: max_frames is {most!r}, expected a number of frames from 1 on")
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int) or most < 3):
+        raise ValueError(f"{where}: max_frames is {most!r}, expected at least 3 frames")
 
 
 def _part(folder: Path, info: dict, name: str) -> str:

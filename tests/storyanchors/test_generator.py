@@ -570,9 +570,9 @@ def test_broken_model_folders_are_named(parts, tmp_path):
         StoryGenerator.from_pretrained(tmp_path / "model")
     save_story_model(tmp_path / "model", *parts, info=INFO | {"max_frames": 8})
     assert StoryGenerator.from_pretrained(tmp_path / "model").max_frames == 8
-    for wrong in (0, True, "8"):
+    for wrong in (2, True, "8"):
         info.write_text(json.dumps(read_story_model(tmp_path / "model") | {"max_frames": wrong}))
-        with pytest.raises(ValueError, match=f"max_frames is {wrong!r}, expected a number of frames"):
+        with pytest.raises(ValueError, match=f"max_frames is {wrong!r}, expected at least 3 frames"):
             StoryGenerator.from_pretrained(tmp_path / "model")
         info.write_text(json.dumps(json.loads(info.read_text()) | {"max_frames": 8}))
     other = PcaCodec.fit(torch.rand(8, 3, *SIZE), latent_channels=6)
