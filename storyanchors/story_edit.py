@@ -123,16 +123,12 @@ def _insert(story: Story, after: int, events: Sequence[tuple[str, int]]) -> Stor
         if not _is_whole(num_frames) or num_frames < 1:
             raise ValueError(f"insert {where}: num_frames must be at least 1, found {num_frames!r}")
     _check_length(story.num_frames + sum(num_frames for _, num_frames in events))
-    new: list[tuple[str, ...]] = []
-    for description, num_frames in events:
-        new += [(_text(description, f"an event {where}"),)] * num_frames
+    texts = [_text(description, f"an event {where}") for description, _ in events]
+    new = [(text,) for text, (_, num_frames) in zip(texts, events) for _ in range(num_frames)]
     told = story.descriptions()
-    kept = {n if n <= after else n + len(new): n for n in range(1, story.num_frames + 1)}  # after -> before
-    texts = "; ".join(_text(description, "an event") for description, _ in events)
-    number = f"{len(new)} frame{'s' * (len(new) > 1)}"
-    return StoryEdit(
-        _retold(story, told[:after] + new + told[after:]), kept, f"insert {number} {where}: {texts}"
-    )
+    kept = {n if n <= after else n + len(new): n for n in range(1, len(told) + 1)}
+    what = f"insert {len(new)} frame{'s' * (len(new) > 1)} {where}: {'; '.join(texts)}"
+    return StoryEdit(_retold(story, told[:after] + new + told[after:]), kept, what)
 
 
 def _retold(story: Story, told: list[tuple[str, ...]]) -> Story:

@@ -34,7 +34,7 @@ def plan_windows(num_frames: int, known: Collection[int], *, window: int, overla
         raise ValueError(f"known frames {outside} are outside the story's 1 to {num_frames}")
     seen, plan = set(known), []
     while len(seen) < num_frames:
-        candidates = _longest_windows(num_frames, min(window, num_frames), seen)
+        candidates = _longest_windows(num_frames, window, seen)
         plan.append(max(candidates, key=lambda candidate: _preference(candidate, overlap)))
         seen.update(plan[-1].drawn)
     return plan

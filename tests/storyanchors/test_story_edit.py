@@ -1,7 +1,9 @@
 """The algebra of story edits, on random stories whose events overlap, repeat and stand in any order."""
 
 import random
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,9 @@ from storyanchors.story_edit import (
     replace_story,
     window,
 )
+from storyanchors.windows import plan_windows
 
+DOCS = Path(__file__).parents[2] / "docs" / "editing.md"
 WORDS = "abcd"  # few, so that texts meet again
 
 
@@ -394,3 +398,18 @@ def test_an_edit_leaves_the_story_before_alone():
         before = replace(story)
         random_edit(chance, story)
         assert story == before
+
+
+def test_the_example_of_the_docs_runs():
+    [example] = re.findall(r"```python\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(example, DOCS.name, "exec"), {})
+
+
+def test_the_windows_of_the_docs_are_those_that_are_planned():
+    lines = DOCS.read_text(encoding="utf-8").splitlines()
+    shown = [
+        line[30:70].ljust(40)[::2] for line in lines if re.match("(first window|second|third|fourth) ", line)
+    ]
+    plan = plan_windows(20, range(7, 15), window=8, overlap=4)
+    sign = lambda window, n: "#" if n in window.given else "*" if n in window.drawn else " "  # noqa: E731
+    assert shown == ["".join(sign(window, n) for n in range(1, 21)) for window in plan]
