@@ -33,6 +33,7 @@ from conf.verdict import HARDWARE, STOPPED, UNHEALTHY, write_verdict
 CONF_DIR = Path(__file__).parent
 MANY_KEYS = 12  # too many for one line
 Config = TypeVar("Config")
+_IS_QUOTED = re.compile(r"""(['"])(?:(?!\1)[^\\]|\\.)*\1""")
 
 
 class Stopped(Exception):
@@ -95,6 +96,7 @@ def read_config(schema: type[Config], name: str, overrides: list[str]) -> Config
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
     GlobalHydra.instance().clear()
     overrides = [re.sub(r"^--([a-z][a-z0-9_.-]*)$", _flag, argument) for argument in overrides]
+    overrides = [_as_its_field(argument, schema) for argument in overrides]
     with initialize_config_dir(version_base=None, config_dir=str(CONF_DIR)):
         try:
             composed = compose(config_name=name, overrides=overrides)
@@ -119,6 +121,18 @@ def _place(config: DictConfig, key: str) -> tuple[DictConfig, str]:
 def _flag(match: re.Match[str]) -> str:
     """--some-key -> some_key=true."""
     return match[1].replace("-", "_") + "=true"
+
+
+def _as_its_field(argument: str, schema: type) -> str:
+    """A text with commas and quotes as it was typed, and one number where the field is a list of them."""
+    key, _, value = argument.partition("=")
+    kind = {field.name: field.type for field in dataclasses.fields(schema)}.get(key)
+    if kind in (str, str | None) and re.search(r"[][{}(),='\"\\]", value) and not _IS_QUOTED.fullmatch(value):
+        escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
+        return f"{key}='{escaped}'"
+    if kind in (list[int], list[int] | None) and re.fullmatch(r"\d+", value):
+        return f"{key}=[{value}]"
+    return argument
 
 
 def _check_added(config: Config, name: str, prefix: str = "") -> None:

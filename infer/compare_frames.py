@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from PIL import Image
 
 from conf.command import run
-from infer.story_run import find_frames, read_frame
+from infer.frame_folder import find_frames, read_frame
 from storyanchors.contact_sheet import draw_comparison
 
 FRAMES_PER_ROW = 6

@@ -16,9 +16,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from conf.command import run
-from infer.story_run import ModelConfig, hash_weights, load_generator
+from infer.story_run import ModelConfig, hash_weights, load_generator, sampler_settings
 from storyanchors.conditioning import ClipConditions
-from storyanchors.generator import SamplerSettings, StoryGenerator, StoryRequest
+from storyanchors.generator import StoryGenerator, StoryRequest
 from storyanchors.story_world import WorldStory, render_frame, sample_story, score_stories, to_story
 
 HELD_OUT = 1_000_000_000  # write_story_world's stories have smaller seeds, up to its seed=99
@@ -95,7 +95,7 @@ def _generate(
 ) -> Iterator[list[Image.Image]]:
     stories = [to_story(story) for story in world_stories]
     conditions = ClipConditions(config.fps, config.frame_interval, config.motion)
-    settings = SamplerSettings(config.num_steps, config.guidance_scale, config.shift, config.sampler)
+    settings = sampler_settings(config)
     requests = [
         StoryRequest(
             story,

@@ -2,8 +2,8 @@
 
 history.jsonl is the truth. A line of it is appended and on disk last, after the frames it names, which lie in
 objects/ by their content. story.yaml, frames/001.png, ... and contact_sheet.png are views of the present
-version, for people and other programs; left behind by a killed process, they are written by the next one. What
-a person changed in story.yaml or frames/ is never overwritten unasked: it is named, and can be adopted.
+version, for people and other programs; left behind by a killed process, they are written by the next one.
+What a person changed in story.yaml or frames/ is never overwritten unasked: it is named, and can be adopted.
 """
 
 import io
@@ -27,6 +27,7 @@ from infer.project.pictures import (
     remove_unknown_pictures,
     stored,
 )
+from infer.project.unfinished import UNFINISHED
 from infer.project.views import STORY_FILE, changed_by_hand, frame_name, write_views
 from infer.project.whole_files import (
     LOCK_FILE,
@@ -42,7 +43,7 @@ from storyanchors.output_folder import check_output_folder
 from storyanchors.story import Story
 from storyanchors.story_edit import StoryEdit, replace_story
 
-HISTORY_FILE, UNFINISHED = "history.jsonl", "unfinished"
+HISTORY_FILE = "history.jsonl"
 BEGUN = {OBJECTS, UNFINISHED, LOCK_FILE}  # what a project holds that has no version yet
 
 
@@ -112,8 +113,9 @@ class StoryProject:
                 with stored(folder, contents):
                     lines = [HEADER, *(json.dumps(version.to_line()).encode() for version in versions)]
                     write_whole(folder / HISTORY_FILE, b"\n".join(lines) + b"\n")
+                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         finally:
-            _remove_what_is_empty(folder)
+            forget_beginning(folder)
         return cls.open(folder)
 
     # What it is
@@ -162,7 +164,7 @@ class StoryProject:
         should become.
         """
         with self.exclusive("a new version"):
-            self._check_untouched()
+            self.check_untouched()
             self.check_locks(edit)
             return self._add(edit, drawn, record)
 
@@ -253,7 +255,7 @@ class StoryProject:
         if not to:
             raise ValueError(f"nothing to {move}: {self.folder} is at version {self.version}")
         with self.exclusive(move):
-            self._check_untouched()
+            self.check_untouched()
             self._append({"move": move, "to": to[0], "time": _now()})
             self._show()
         return self.version
@@ -295,13 +297,14 @@ class StoryProject:
         if by_hand == "adopt":
             self._adopt()
         elif by_hand == "refuse":
-            self._check_untouched()
+            self.check_untouched()
         self._show()
 
     def _changed(self) -> list[str]:
         return changed_by_hand(self.folder, self.present, self._history.versions)
 
-    def _check_untouched(self) -> None:
+    def check_untouched(self) -> None:
+        """ValueError naming the files of story.yaml and frames/ that were changed by hand."""
         if changed := self._changed():
             raise ValueError(
                 f"{', '.join(changed)} of {self.folder} changed by hand: "
@@ -374,7 +377,7 @@ def _check_inside(numbers: Collection[int], num_frames: int, verb: str) -> None:
         raise ValueError(f"{verb} {outside}: the story has frames 1 to {num_frames}")
 
 
-def _remove_what_is_empty(folder: Path) -> None:
+def forget_beginning(folder: Path) -> None:
     """Of a project that could not begin."""
     if not is_project(folder):
         with suppress(OSError):

@@ -1,58 +1,70 @@
-"""What the commands of this folder share: their settings, loading a model, a folder of a story's frames."""
+"""What the commands of this folder share: settings, loading a model, drawing an edit, telling of it."""
 
 import hashlib
-import json
-import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from omegaconf import MISSING
-from PIL import Image
+from torch import Tensor
 
-from storyanchors.clip import MAX_FRAME_PIXELS
+from conf.command import Stopped
+from infer.frame_folder import as_png
+from infer.project.drawing import DrawSettings, run_edit
+from infer.project.history import Version
+from infer.project.unfinished import UNFINISHED
+from infer.project.views import SHEET
+from infer.project.whole_files import write_whole
+from infer.story_project import StoryProject
 from storyanchors.conditioning import ClipConditions
-from storyanchors.contact_sheet import draw_contact_sheet
-from storyanchors.generator import StoryGenerator
-from storyanchors.output_folder import check_output_folder, output_folder
-from storyanchors.story import Story
+from storyanchors.contact_sheet import draw_comparison
+from storyanchors.generator import SamplingStopped, StoryGenerator
+from storyanchors.story_edit import StoryEdit
+from storyanchors.story_request import NEGATIVE_STORY_PROMPT, SamplerSettings
 
-RUN_FILE = "run.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PREVIEW_S = 1.0  # at most one preview in this time
 
 
 @dataclass
 class ModelConfig:
-    """Which model to load, and how to sample it; None is the model's own setting."""
+    """Which model to load, and how to sample it; null is the model's own setting."""
 
-    weights: str = MISSING
+    weights: str = MISSING  # a model folder of train/export_weights.py
+    lora: str | None = None  # an adapter to merge into it: its file or folder
     num_steps: int | None = None
-    guidance_scale: float | None = None
-    shift: float | None = None
-    sampler: str = "euler"
-    fps: float | None = None  # what the network is told about the clip; None = unknown
-    frame_interval: int | None = None
+    guidance_scale: float | None = None  # 1 = no guidance, half the work
+    shift: float | None = None  # of the noise levels; higher = more steps at high noise
+    sampler: str = "euler"  # or unipc
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])  # sigmas where guidance acts
+    negative_prompt: str = ""  # what guidance leads away from; "story" = a text made for story frames
+    cache_threshold: float = 0.0  # of the first-block cache, e.g. 0.1; 0 = off
+    fps: float | None = None  # what the network is told of the clip; null = unknown
+    frame_interval: int | None = None  # source frames between two story frames: 69 or 139 in the paper
     motion: float | None = None
-    device: str | None = None  # None = cuda where there is one, else cpu
-    dtype: str = "float32"
+    device: str | None = None  # null = cuda where there is one, else cpu
+    dtype: str = "float32"  # or bfloat16
+    memory: str = "resident"  # or offload: parts are on the device only while they work
 
 
 @dataclass
-class StoryRunConfig(ModelConfig):
-    """A story to draw and where to; sizes that are None are the story's and the model's."""
+class DrawConfig(ModelConfig):
+    """How to draw a story."""
 
-    story: str = MISSING
-    out: str = MISSING
     seed: int = 0
-    num_frames: int | None = None
-    height: int | None = None
+    height: int | None = None  # pixels
     width: int | None = None
+    window: int | None = None  # frames drawn at once; null = what the model was trained for
+    overlap: int | None = None  # frames that a window shares with what is there; null = half a window
+    preview: str | None = None  # a .png that shows the frames while they are drawn
 
 
-def load_generator(config: ModelConfig) -> StoryGenerator:
-    """The model on its device; ValueError for an unknown device or dtype."""
+def pick_device(config: ModelConfig) -> tuple[str, torch.dtype]:
+    """Where to compute and with what numbers; ValueError for an unknown device or dtype."""
     if config.dtype not in DTYPES:
         raise ValueError(f"unknown dtype {config.dtype!r}, expected one of {', '.join(DTYPES)}")
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,96 +72,139 @@ def load_generator(config: ModelConfig) -> StoryGenerator:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
         raise ValueError(f"device={device} cannot be used here: {str(error).splitlines()[0]}") from error
-    return StoryGenerator.from_pretrained(config.weights, device=device, dtype=DTYPES[config.dtype])
+    return device, DTYPES[config.dtype]
 
 
-def draw_story(config: StoryRunConfig, command: str, given: Mapping[int, Path]) -> None:
-    """Generates the frames that are not given; writes them all, a contact sheet, the story and run.json."""
-    out = Path(config.out)
-    check_output_folder(out, made_with=RUN_FILE)
-    story = Story.from_file(config.story)
-    given_frames = {number: read_frame(path) for number, path in given.items()}
-    generator = load_generator(config)
-    conditions = ClipConditions(config.fps, config.frame_interval, config.motion)
-    settings = {
-        "num_frames": story.num_frames if config.num_frames is None else config.num_frames,
-        "height": generator.frame_size[0] if config.height is None else config.height,
-        "width": generator.frame_size[1] if config.width is None else config.width,
-        "num_steps": generator.num_steps if config.num_steps is None else config.num_steps,
-        "guidance_scale": generator.guidance_scale
-        if config.guidance_scale is None
-        else config.guidance_scale,
-        "shift": generator.shift if config.shift is None else config.shift,
-        "sampler": config.sampler,
-        "seed": config.seed,
-    }
-    frames = generator.generate(story, given=given_frames, conditions=conditions, **settings)
-    record = {
-        "command": command,
-        **settings,
-        "conditions": asdict(conditions),
-        "given": {str(number): str(path) for number, path in sorted(given.items())},
+def load_generator(config: ModelConfig) -> StoryGenerator:
+    """The model on its device; ValueError or OSError where there is none, or it does not fit."""
+    device, dtype = pick_device(config)
+    return StoryGenerator.from_pretrained(
+        config.weights, device=device, dtype=dtype, lora=config.lora, memory=config.memory
+    )
+
+
+def sampler_settings(config: ModelConfig) -> SamplerSettings:
+    """How to sample, as the configuration says; ValueError for what makes no sense."""
+    negative = NEGATIVE_STORY_PROMPT if config.negative_prompt == "story" else config.negative_prompt
+    return SamplerSettings(
+        config.num_steps,
+        config.guidance_scale,
+        config.shift,
+        config.sampler,
+        tuple(config.guidance_interval),
+        negative,
+        config.cache_threshold,
+    )
+
+
+def describe_model(config: ModelConfig, generator: StoryGenerator) -> dict:
+    """Which model draws, on what: for a project's history."""
+    lora = (
+        {} if config.lora is None else {"lora": config.lora, "lora_sha256": hash_weights(Path(config.lora))}
+    )
+    return {
         "weights": config.weights,
         "weights_sha256": hash_weights(Path(config.weights)),
+        **lora,
         "device": str(generator.device),
         "dtype": config.dtype,
         "versions": {package: version(package) for package in ("storyanchors", "torch", "diffusers")},
     }
-    with output_folder(out, made_with=RUN_FILE) as folder:
-        for number, frame in enumerate(frames, start=1):
-            write_frame(folder / f"{number:03d}.png", frame, given.get(number))
-        draw_contact_sheet(frames, story, given=set(given)).save(folder / "contact_sheet.png")
-        story.to_file(folder / "story.yaml")
-        (folder / RUN_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"{len(frames) - len(given)} generated and {len(given)} given frames: {out / 'contact_sheet.png'}")
 
 
-def find_frames(folder: Path) -> dict[int, Path]:
-    """Numbered images of a folder: 001.png, 2.jpg, ... ValueError for none, and for two of one number."""
-    if not folder.is_dir():
-        raise NotADirectoryError(f"frames={folder} is not a folder")
-    found: dict[int, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.stem.isdecimal() and path.suffix.lower() in (".png", ".jpg", ".jpeg"):
-            if (number := int(path.stem)) in found:
-                raise ValueError(f"{folder} has frame {number} twice: {found[number].name} and {path.name}")
-            found[number] = path
-    if not found:
-        raise ValueError(f"{folder} has no numbered frames, expected 001.png, 002.png, ... or .jpg")
-    return found
-
-
-def read_frame(path: Path) -> Image.Image:
-    """The decoded image; ValueError, naming the file, for one that is broken or too large."""
-    try:
-        with Image.open(path, formats=["PNG", "JPEG"]) as image:
-            if image.width * image.height > MAX_FRAME_PIXELS:
-                raise ValueError(
-                    f"{image.width} x {image.height} pixels, at most {MAX_FRAME_PIXELS} are read"
-                )
-            image.load()
-            return image
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        Image.DecompressionBombError,
-    ) as error:  # SyntaxError: broken PNG
-        raise ValueError(f"cannot read the frame {path}: {error}") from error
-
-
-def write_frame(path: Path, frame: Image.Image, source: Path | None) -> None:
-    """A frame as PNG; one that was given as PNG stays the same file, byte for byte."""
-    if source and source.suffix.lower() == ".png":
-        shutil.copyfile(source, path)
-    else:
-        frame.save(path)
-
-
-def hash_weights(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file of the network's weights."""
-    hashes = {}
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
-        with path.open("rb") as file:
-            hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+def hash_weights(path: Path) -> dict[str, str]:
+    """SHA-256 by file name of the network's weights in a model folder, or of an adapter, folder or file."""
+    hashes, network = {}, path / "transformer"
+    path = network if network.is_dir() else path
+    for file_path in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        with file_path.open("rb") as file:
+            hashes[file_path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def draw_edit(
+    config: DrawConfig,
+    project: StoryProject | Path,
+    edit: StoryEdit,
+    *,
+    given: Mapping[int, Path] | None = None,
+    out: Path | None = None,
+) -> None:
+    """What a command does with an edit: loads the model, draws with a progress bar, says what was done."""
+    if config.seed < 0:
+        raise ValueError(f"seed must not be below 0, found {config.seed}")
+    history = [] if isinstance(project, Path) else project.history
+    if len(edit.kept) == edit.story.num_frames:  # e.g. a deletion: needs no model
+        return say_what_was_done(run_edit(None, project, edit, DrawSettings(), out=out), len(history))
+    sampler, conditions = sampler_settings(config), _conditions(config, history)
+    generator = load_generator(config)
+    settings = DrawSettings(
+        sampler,
+        conditions,
+        config.height,
+        config.width,
+        config.window,
+        config.overlap,
+        describe_model(config, generator),
+    )
+    preview = _preview(Path(config.preview), generator) if config.preview else None
+    home = out or (project if isinstance(project, Path) else project.folder)
+    stop_on_sigterm()
+    try:
+        project = run_edit(
+            generator, project, edit, settings, seed=config.seed, given=given, out=out, callback=preview
+        )
+    except SamplingStopped as stopped:
+        finished = (home / UNFINISHED).is_dir()
+        kept = (
+            f"finished windows are kept in {home / UNFINISHED}, the same command goes on" if finished else ""
+        )
+        raise Stopped(kept or "nothing was finished, the same command begins again") from stopped
+    say_what_was_done(project, len(history))
+
+
+def stop_on_sigterm() -> None:
+    """From now on SIGTERM stops a command as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+def say_what_was_done(project: StoryProject, num_before: int) -> None:
+    """Prints what the present version is, where to look, and what one may want to do next."""
+    present, folder = project.present, project.folder
+    if len(project.history) == num_before:
+        print(
+            f"{folder}: version {present.number} was drawn by this very command; another seed= draws another"
+        )
+    else:
+        print(f"{folder}: version {present.number}, {present.what}")
+    kept = len(present.kept) + len(present.given)
+    print(f"{len(present.drawn)} frames drawn, {kept} kept: {folder / SHEET}")
+    number, seed = present.drawn[-1] if present.drawn else 1, (present.seed or 0) + 1
+    print(f"next: python infer/continue_story.py project={folder} infill={number} seed={seed}")
+    print(f"      python infer/restore_story.py project={folder}" + (" --undo" if present.parent else ""))
+
+
+def _conditions(config: ModelConfig, history: Sequence[Version]) -> ClipConditions:
+    """What the configuration says of the clip; what it leaves open is as the project was drawn last."""
+    last = next((v.record["conditions"] for v in reversed(history) if "conditions" in v.record), {})
+    names = ("fps", "frame_interval", "motion")
+    return ClipConditions(
+        *(last.get(name) if getattr(config, name) is None else getattr(config, name) for name in names)
+    )
+
+
+def _preview(path: Path, generator: StoryGenerator) -> Callable:
+    """A callback of the sampler that draws a page of the present guess, rewritten as a whole."""
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"preview={path} must be the name of a .png file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    last = -PREVIEW_S
+
+    def show(step: int, latents: list[Tensor]) -> None:
+        nonlocal last
+        if time.monotonic() - last >= PREVIEW_S:
+            frames = generator.preview(latents[0])
+            write_whole(path, as_png(draw_comparison([(f"step {step}", frames)])))
+            last = time.monotonic()
+
+    return show

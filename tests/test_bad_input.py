@@ -28,7 +28,7 @@ from storyanchors.model_folder import save_story_model
 from storyanchors.story import Event, Story
 
 SCHEMAS = {
-    "generate_story": "infer.story_run.StoryRunConfig",
+    "generate_story": "infer.generate_story.GenerateStoryConfig",
     "continue_story": "infer.continue_story.ContinueStoryConfig",
     "score_story_world": "infer.score_story_world.ScoreStoryWorldConfig",
     "compare_scores": "infer.compare_scores.CompareScoresConfig",
@@ -227,7 +227,6 @@ def test_a_spoiled_model_folder_is_refused_whole(refused, model, tmp_path, messa
 
 
 REQUESTS = {
-    "num_frames=100000 is too many, expected at most 999": ["num_frames=100000"],
     "is more than 16777216 pixels": ["height=2000000"],
     "shift must be a number above 0, found 0.0": ["shift=0"],
     "fps must be a number above 0 or unknown (None), found inf": ["fps=inf"],

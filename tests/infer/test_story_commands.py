@@ -1,12 +1,16 @@
-"""generate_story.py and continue_story.py as a person runs them."""
+"""generate_story.py, continue_story.py and restore_story.py as a person runs them."""
 
 import hashlib
 import io
 import json
+import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -18,8 +22,7 @@ import torch
 from PIL import Image
 
 from conf.command import run
-from infer import continue_story, generate_story
-from infer.story_run import StoryRunConfig
+from infer import continue_story, generate_story, restore_story
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
@@ -28,8 +31,9 @@ from storyanchors.story import Event, Story
 
 ROOT = Path(generate_story.__file__).parents[1]
 COMMANDS = {
-    "generate_story": (generate_story.main, StoryRunConfig),
+    "generate_story": (generate_story.main, generate_story.GenerateStoryConfig),
     "continue_story": (continue_story.main, continue_story.ContinueStoryConfig),
+    "restore_story": (restore_story.main, restore_story.RestoreStoryConfig),
 }
 STORY = Story([Event(1, 2, "A fox sleeps."), Event(2, 4, "The fox runs.")], ["a fox"], "ink")
 
@@ -45,7 +49,8 @@ def command(script, *overrides):
     """What `python infer/<script>.py ...` does, in this process: importing torch takes seconds every time."""
     stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
     main, schema = COMMANDS[script]
-    sys.argv = [script, "device=cpu", *map(str, overrides)]
+    device = [] if script == "restore_story" else ["device=cpu"]
+    sys.argv = [script, *device, *map(str, overrides)]
     try:
         with redirect_stdout(stdout), redirect_stderr(stderr):
             run(main, schema, script)
@@ -88,41 +93,75 @@ def continue_(shared, out, *overrides):
     return command("continue_story", *(f"{key}={value}" for key, value in settings.items()))
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+def change(project, *overrides):
+    result = command("continue_story", f"project={project}", *overrides)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def restore(project, *overrides):
+    return command("restore_story", f"project={project}", *overrides)
+
+
+def frames_of(project):
+    return [path.read_bytes() for path in sorted((project / "frames").iterdir())]
+
+
+def shown(project):
+    """All that people see of a project."""
+    return [(project / name).read_bytes() for name in ("story.yaml", "contact_sheet.png")] + frames_of(
+        project
+    )
+
+
+def records(project):
+    return [json.loads(line) for line in (project / "history.jsonl").read_text().splitlines()[1:]]
+
+
+@pytest.fixture
+def project(shared, tmp_path):
+    return Path(shutil.copytree(shared / "first", tmp_path / "project"))
 
 
 def test_a_run_leaves_frames_sheet_story_and_what_it_takes_to_repeat_it(shared):
     out = shared / "first"
-    names = ["001.png", "002.png", "003.png", "004.png", "contact_sheet.png", "run.json", "story.yaml"]
-    assert sorted(contents(out)) == names
+    names = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert names == {"contact_sheet.png", "frames", "history.jsonl", "objects", "story.yaml"}
+    assert [path.name for path in sorted((out / "frames").iterdir())] == [f"00{n}.png" for n in range(1, 5)]
     assert Story.from_file(out / "story.yaml") == STORY
-    assert {Image.open(out / name).size for name in names[:4]} == {(24, 16)}
-    record = json.loads((out / "run.json").read_text())
+    assert {Image.open(path).size for path in (out / "frames").iterdir()} == {(24, 16)}
+    [line] = records(out)
     weights = next((shared / "model" / "transformer").glob("*.safetensors"))
+    record = line["record"]
     assert record["weights_sha256"] == {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()}
-    assert (record["seed"], record["num_steps"], record["num_frames"], record["given"]) == (5, 2, 4, {})
+    assert (record["seed"], record["settings"]["num_steps"], record["device"]) == (5, 2, "cpu")
+    assert (line["version"], line["parent"], line["kept"], line["given"]) == (1, None, {}, {})
 
 
-def test_same_seed_same_bytes_and_an_earlier_result_is_replaced(shared, tmp_path):
-    out = tmp_path / "again"
-    assert generate(shared, out, "seed=6").returncode == 0
-    other = contents(out)
-    result = generate(shared, out, "seed=5")
-    assert result.returncode == 0 and str(out) in result.stdout
-    assert contents(out) == contents(shared / "first") != other
-    assert [path.name for path in tmp_path.iterdir()] == ["again"]
+def test_same_command_and_seed_same_bytes(shared, tmp_path):
+    assert generate(shared, tmp_path / "again", "seed=5").returncode == 0
+    assert generate(shared, tmp_path / "other", "seed=6").returncode == 0
+    assert shown(tmp_path / "again") == shown(shared / "first") != shown(tmp_path / "other")
 
 
-@pytest.mark.parametrize("keep", ["[1]", "[1,2,4]", "[4,1]", "[3]"])
+def test_what_a_command_drew_already_is_not_drawn_again(shared, project):
+    before = shown(project)
+    assert generate(shared, project, "seed=6").returncode == 0
+    assert [line["version"] for line in records(project)] == [1, 2] and shown(project) != before
+    again = generate(shared, project, "seed=6")
+    assert again.returncode == 0 and "by this very command" in again.stdout and len(records(project)) == 2
+    assert generate(shared, project, "seed=5").returncode == 0  # as the first version, so it is a new one
+    assert len(records(project)) == 3 and shown(project) == before
+
+
+@pytest.mark.parametrize("keep", ["[1]", "[1,2,4]", "[4,1]", "3"])
 def test_kept_frames_are_byte_identical_and_the_others_are_drawn(shared, tmp_path, keep):
     result = continue_(shared, tmp_path / "out", f"keep={keep}", "seed=9")
     assert result.returncode == 0, result.stderr
-    before, after = contents(shared / "first"), contents(tmp_path / "out")
-    for number in range(1, 5):
-        name = f"{number:03d}.png"
-        assert (after[name] == before[name]) == (number in json.loads(keep))
-    assert sorted(json.loads(after["run.json"])["given"], key=int) == sorted(map(str, json.loads(keep)))
+    kept = {3} if keep == "3" else set(json.loads(keep))
+    pairs = zip(frames_of(shared / "first"), frames_of(tmp_path / "out"), strict=True)
+    assert {number for number, (before, after) in enumerate(pairs, start=1) if before == after} == kept
+    assert set(map(int, records(tmp_path / "out")[0]["given"])) == kept
 
 
 def test_all_frames_of_the_folder_are_kept_unless_told_otherwise(shared, tmp_path):
@@ -134,34 +173,155 @@ def test_all_frames_of_the_folder_are_kept_unless_told_otherwise(shared, tmp_pat
     picture.save(frames / "cover.png")
     result = continue_(shared, tmp_path / "out", f"frames={frames}")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "out" / "002.png").read_bytes() == (frames / "2.png").read_bytes()
-    decoded = [np.asarray(Image.open(path)) for path in (frames / "003.jpg", tmp_path / "out" / "003.png")]
+    drawn = tmp_path / "out" / "frames"
+    assert (drawn / "002.png").read_bytes() == (frames / "2.png").read_bytes()
+    decoded = [np.asarray(Image.open(path)) for path in (frames / "003.jpg", drawn / "003.png")]
     np.testing.assert_array_equal(*decoded)
-    assert set(json.loads((tmp_path / "out" / "run.json").read_text())["given"]) == {"2", "3"}
+    assert set(records(tmp_path / "out")[0]["given"]) == {"2", "3"}
 
 
-def test_the_folder_of_a_run_may_be_edited_in_place(shared, tmp_path):
-    folder = tmp_path / "story"
-    shutil.copytree(shared / "first", folder)
-    before = contents(folder)
-    result = continue_(shared, folder, f"frames={folder}", "keep=[1,2,4]", "seed=77")
+def test_the_folder_of_a_project_may_be_edited_in_place(shared, project):
+    before = frames_of(project)
+    result = continue_(shared, project, f"frames={project}", "keep=[1,2,4]", "seed=77")
     assert result.returncode == 0, result.stderr
-    changed = {name for name, content in contents(folder).items() if content != before[name]}
-    assert changed == {"003.png", "contact_sheet.png", "run.json"}
+    assert [new == old for new, old in zip(frames_of(project), before, strict=True)] == [1, 1, 0, 1]
+    assert records(project)[1]["kept"] == {"1": 1, "2": 2, "4": 4} and records(project)[1]["parent"] == 1
 
 
-@pytest.mark.parametrize("target", [["infer/continue_story.py"], ["-m", "infer.continue_story"]])
-def test_scripts_run_by_path_and_as_modules(shared, tmp_path, target):
+OPERATIONS = {  # what is typed: which old frame stands where, None = drawn
+    ("infill=[2,4]",): [1, None, 3, None],
+    ("infill=3",): [1, 2, None, 4],
+    ("edit=3", "text=in the cave, the fox's den (dark)"): [1, 2, None, 4],
+    ("edit=[1,2]", 'text="Stop," she says'): [None, None, 3, 4],
+    ("insert=2", "text=A king comes, alone."): [1, 2, None, 3, 4],
+    ("insert=0", "text=A road.", "num_frames=2"): [None, None, 1, 2, 3, 4],
+    ("extend_right=3", "text=The end."): [1, 2, 3, 4, None, None, None],
+    ("extend_left=1", "text=A road."): [None, 1, 2, 3, 4],
+    ("delete=[2,3]",): [1, 4],
+    ("story={shared}/other.yaml", "keep=[2]"): [None, 2, None],
+    ("story={shared}/other.yaml", "keep=[]"): [None, None, None],
+    ("story={shared}/longer.yaml",): [1, 2, 3, 4, None],
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=" ".join)
+def test_an_operation_draws_its_frames_and_no_others(shared, project, operation):
+    Story([Event(1, 3, "A king sleeps.")]).to_file(shared / "other.yaml")
+    Story([Event(1, 4, "A king sleeps."), Event(5, 5, "He wakes.")]).to_file(shared / "longer.yaml")
+    before, expected = frames_of(project), OPERATIONS[operation]
+    change(project, *(argument.format(shared=shared) for argument in operation), "seed=1")
+    after = frames_of(project)
+    assert len(after) == len(expected) == Story.from_file(project / "story.yaml").num_frames
+    assert [before.index(frame) + 1 if frame in before else None for frame in after] == expected
+    if text := [argument[5:] for argument in operation if argument.startswith("text=")]:
+        assert f"{text[0]}" in [event.description for event in Story.from_file(project / "story.yaml").events]
+    assert restore(project, "--undo").returncode == 0
+    assert frames_of(project) == before and Story.from_file(project / "story.yaml") == STORY
+
+
+def test_an_operation_can_begin_a_new_project_instead(shared, project, tmp_path):
+    before = shown(project), records(project)
+    change(project, "delete=1", f"out={tmp_path}/other")
+    change(project, "infill=1", f"out={tmp_path}/another", "seed=3")
+    assert (shown(project), records(project)) == before
+    assert frames_of(tmp_path / "other") == frames_of(project)[1:]
+    assert frames_of(tmp_path / "another")[1:] == frames_of(project)[1:]
+    assert restore(tmp_path / "other", "version=1").returncode == 0
+    assert frames_of(tmp_path / "other") == frames_of(project)
+
+
+def test_what_the_project_was_drawn_with_is_what_it_goes_on_with(shared, project):
+    change(project, "infill=2", "seed=1", "fps=24", "frame_interval=69")
+    change(project, "delete=1")
+    change(project, "infill=1", "seed=2", "frame_interval=139", "num_steps=3")
+    first, second, _, third = (line["record"] for line in records(project))
+    assert first["weights"] == second["weights"] == third["weights"] == str(shared / "model")
+    names = ("fps", "frame_interval", "motion")
+    conditions = [[record["conditions"][name] for name in names] for record in (first, second, third)]
+    assert conditions == [[None, None, None], [24, 69, None], [24, 139, None]]
+    assert [record["settings"]["num_steps"] for record in (first, second, third)] == [2, 2, 3]
+
+
+def test_what_was_done_can_be_seen_and_taken_back(project):
+    change(project, "delete=4")
+    change(project, "insert=1", "text=A king comes.")
+    listed = restore(project).stdout
+    assert "delete frame 4" in listed and "> " + "  3" in listed and f"{project} shows version 3" in listed
+    assert "shows version 1" in restore(project, "version=1").stdout
+    assert "shows version 3" in restore(project, "--undo").stdout
+    assert "shows version 1" in restore(project, "--redo").stdout
+    assert "locked: 1, 3" in restore(project, "lock=[1,3]").stdout
+    refused = command("continue_story", f"project={project}", "infill=[1,2]")
+    assert refused.returncode == 1 and "frames [1] of" in refused.stderr and "locked" in refused.stderr
+    assert "locked: 3" in restore(project, "unlock=1").stdout
+    change(project, "infill=[1,2]", "seed=8")
+
+
+def test_a_preview_shows_what_is_drawn(shared, tmp_path):
+    result = generate(
+        shared, tmp_path / "out", f"preview={tmp_path}/look/preview.png", "height=32", "width=32"
+    )
+    assert result.returncode == 0, result.stderr
+    assert Image.open(tmp_path / "look" / "preview.png").width > 4 * 32
+    assert [path.name for path in (tmp_path / "look").iterdir()] == ["preview.png"]
+
+
+def test_a_killed_command_goes_on_where_it_was_and_draws_the_same(shared, tmp_path):
+    Story([Event(1, 12, "A fox sleeps.")]).to_file(shared / "long.yaml")
     arguments = [
         f"weights={shared}/model",
-        f"story={shared}/story.yaml",
-        f"frames={shared}/first",
-        "keep=[2]",
+        f"story={shared}/long.yaml",
+        "window=4",
+        "overlap=2",
+        "device=cpu",
     ]
-    process = [sys.executable, *target, *arguments, f"out={tmp_path}/out", "device=cpu"]
-    done = subprocess.run(process, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "002.png").read_bytes() == (shared / "first" / "002.png").read_bytes()
+    arguments += ["num_steps=60"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with subprocess.Popen(
+        [sys.executable, "infer/generate_story.py", *arguments, f"out={killed}"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while not list(killed.glob("unfinished/*/windows.json")) and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+    done = json.loads(next(killed.glob("unfinished/*/windows.json")).read_text())["windows"]
+    assert process.returncode == -signal.SIGKILL and 1 <= done < 5
+    result = command("generate_story", *arguments, f"out={killed}")
+    assert result.returncode == 0, result.stderr
+    assert command("generate_story", *arguments, f"out={whole}").returncode == 0
+    assert shown(killed) == shown(whole)
+    assert not (killed / "unfinished").exists()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_command_says_so_and_goes_on(shared, tmp_path, stop):
+    Story([Event(1, 12, "A fox sleeps.")]).to_file(shared / "stopped.yaml")
+    out = tmp_path / "out"
+    arguments = [f"weights={shared}/model", f"story={shared}/stopped.yaml", "window=4", "overlap=2"]
+
+    def stop_after_a_window():
+        while not list(out.glob("unfinished/*/windows.json")):
+            time.sleep(0.005)
+        os.kill(os.getpid(), stop)
+
+    thread = threading.Thread(target=stop_after_a_window, daemon=True)
+    thread.start()
+    arguments += [f"out={out}", "num_steps=30"]
+    result = command("generate_story", *arguments)
+    assert result.returncode == 75 and "the same command goes on" in result.stderr, result.stderr
+    assert command("generate_story", *arguments).returncode == 0
+    assert len(frames_of(out)) == 12
+
+
+def test_scripts_run_as_modules(project):
+    done = subprocess.run(
+        [sys.executable, "-m", "infer.restore_story", f"project={project}"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0 and "draw frames 1-4, seed 5" in done.stdout, done.stderr
 
 
 def png_that_claims(width, height):
@@ -194,13 +354,13 @@ def broken(shared):
         "halfmodel",
     ):
         (folder / name).mkdir(parents=True)
-    frame = Image.open(shared / "first" / "001.png")
+    frame = Image.open(shared / "first" / "frames" / "001.png")
     frame.save(folder / "twice" / "001.png")
     frame.save(folder / "twice" / "1.jpg")
     (folder / "text" / "001.png").write_text("not a picture")
     (folder / "bomb" / "001.png").write_bytes(png_that_claims(50_000, 50_000))
     (folder / "large" / "001.png").write_bytes(png_that_claims(5_000, 4_000))
-    whole = (shared / "first" / "001.png").read_bytes()
+    whole = (shared / "first" / "frames" / "001.png").read_bytes()
     (folder / "truncated" / "001.png").write_bytes(whole[: len(whole) // 2])
     frame.resize((32, 16)).save(folder / "wide" / "001.png")
     frame.convert("RGBA").save(folder / "alpha" / "001.png")
@@ -219,9 +379,9 @@ def broken(shared):
     [
         (["sede=5"], "did you mean 'seed'"),
         (["seed=five"], "seed"),
-        (["seed=-1"], "seed must not be below 0"),
-        (["weights={broken}/nowhere"], "not a model folder"),
-        (["weights={broken}/halfmodel"], "codec"),
+        (["seed=-1", "keep=[1]"], "seed must not be below 0"),
+        (["weights={broken}/nowhere", "keep=[1]"], "not a model folder"),
+        (["weights={broken}/halfmodel", "keep=[1]"], "codec"),
         (["story={broken}/gap.yaml"], "no event covers frame 2"),
         (["story={broken}/nowhere.yaml"], "nowhere.yaml"),
         (["frames={broken}/nowhere"], "not a folder"),
@@ -235,7 +395,8 @@ def broken(shared):
         (["frames={broken}/alpha"], "RGBA"),
         (["keep=[1,9]"], "[9]"),
         (["keep=[1,2,3,4]"], "none to generate"),
-        (["num_frames=3", "keep=[1]"], "num_frames=3"),
+        (["num_frames=3", "keep=[1]"], "num_frames= needs project="),
+        (["infill=[2]"], "infill= needs project="),
         (["keep=[1]", "height=20"], "height=20"),
         (["keep=[1]", "sampler=ddim"], "ddim"),
         (["keep=[1]", "num_steps=0"], "num_steps=0"),

@@ -1,0 +1,47 @@
+"""Windows of a long story that are drawn already, for the same command to go on with when it was stopped."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from PIL import Image
+
+from infer.frame_folder import as_png
+from infer.project.whole_files import sha256, write_whole
+
+UNFINISHED = "unfinished"
+INDEX_FILE = "windows.json"  # written last
+
+
+class UnfinishedFrames:
+    """unfinished/<key>/ of a project; the key hashes all that decides the frames of one edit."""
+
+    def __init__(self, project: Path, key: str):
+        self.folder = project / UNFINISHED / key[:16]
+
+    def keep(self, num_windows: int, frames: Mapping[int, Image.Image]) -> None:
+        """Stores what the first num_windows windows drew, by number."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        contents = {number: as_png(frame) for number, frame in frames.items()}
+        for number, content in contents.items():
+            if not self._path(number).exists():
+                write_whole(self._path(number), content)
+        hashes = {str(number): sha256(content) for number, content in contents.items()}
+        index = json.dumps({"windows": num_windows, "frames": hashes})
+        write_whole(self.folder / INDEX_FILE, index.encode())
+
+    def read(self) -> tuple[int, dict[int, Image.Image]]:
+        """How many windows are done, and their frames by number; (0, {}) where nothing usable is there."""
+        try:
+            index = json.loads((self.folder / INDEX_FILE).read_bytes())
+            contents = {int(number): self._path(int(number)).read_bytes() for number in index["frames"]}
+        except FileNotFoundError:
+            return 0, {}
+        for number, content in contents.items():
+            if sha256(content) != index["frames"][str(number)]:
+                raise ValueError(f"{self._path(number)} is damaged: remove {self.folder} to begin again")
+        return index["windows"], {n: Image.open(io.BytesIO(content)) for n, content in contents.items()}
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number:03d}.png"
