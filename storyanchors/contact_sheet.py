@@ -47,7 +47,7 @@ def draw_contact_sheet(
     are locked ones. An event that goes on in the next row of frames is drawn there again.
     """
     warn_of_missing_letters(texts_of(story), font)
-    grid = _Grid(_shown_size(frames[0].size))
+    grid = _Grid(shown_size(frames[0].size))
     num_columns = ceil(len(frames) / ceil(len(frames) / grid.columns_of(PAGE_WIDTH_PX)))
     rows = range(0, len(frames), num_columns)  # index of the first frame of each row
     heading, small = (Lettering(size_px, texts_of(story), font=font) for size_px in (17, 14))
@@ -78,7 +78,7 @@ def draw_contact_sheet(
 def draw_strip(frames: Sequence[Image.Image], story: Story, *, font: str | Path | None = None) -> Image.Image:
     """All frames in one row, as on a film, with the events as coloured bars under the frames they cover."""
     warn_of_missing_letters(texts_of(story), font)
-    grid = _Grid(_shown_size(frames[0].size))
+    grid = _Grid(shown_size(frames[0].size))
     small = Lettering(14, texts_of(story), font=font)
     bars = _lay_out_bars(story.events, 0, len(frames), len(frames), grid, small)
     film_height = grid.cell_size[1] + 2 * PERFORATED_PX
@@ -99,7 +99,7 @@ def draw_strip(frames: Sequence[Image.Image], story: Story, *, font: str | Path 
 
 def draw_comparison(rows: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:
     """Labelled rows of frames under one another, frame n below frame n, to compare versions of one story."""
-    grid = _Grid(_shown_size(rows[0][1][0].size))
+    grid = _Grid(shown_size(rows[0][1][0].size))
     lettering = Lettering(16, [label for label, _ in rows])
     label_height = lettering.line_height + PADDING_PX
     row_height = label_height + grid.cell_size[1] + GAP_PX
@@ -226,7 +226,7 @@ def _draw_frame(
     page.paste(resized(frame, grid.cell_size), (x, y))
 
 
-def _shown_size(size: tuple[int, int]) -> tuple[int, int]:
+def shown_size(size: tuple[int, int]) -> tuple[int, int]:
     """The width and height that a frame of this size is drawn at."""
     width, height = size
     if max(size) < MIN_FRAME_PX:
