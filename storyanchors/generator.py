@@ -157,6 +157,8 @@ class StoryGenerator:
 
         The frames of a request are those that it gives alone, up to rounding, whatever the others are.
         """
+        if not requests:
+            return []
         settings = self.full_settings(settings)
         bar = tqdm(total=settings.num_steps, desc="sampling", unit="step", disable=not progress)
         with bar, _stoppable({}):
@@ -223,7 +225,8 @@ class StoryGenerator:
         window, the number of frames at once, defaults to the model's max_frames, and overlap, the frames that
         a window shares with what is there, to half of it. ValueError where they do not fit together.
         """
-        window = window or self.max_frames or max(3, edit.story.num_frames)
+        if window is None:
+            window = self.max_frames or max(3, edit.story.num_frames)
         overlap = max(1, window // 2) if overlap is None else overlap
         return plan_windows(edit.story.num_frames, edit.kept, window=window, overlap=overlap)
 

@@ -121,6 +121,7 @@ def test_a_batch_of_different_stories_equals_one_by_one(generator):
         for index, wanted in enumerate(zip(stories, given, strict=True))
     ]
     batch = generator.generate_many(requests, progress=False)
+    assert generator.generate_many([], progress=False) == []
     for index, (story, frames) in enumerate(zip(stories, batch, strict=True)):
         alone = generator.generate(story, given=given[index], seed=40 + index, progress=False)
         assert np.abs(pixels(frames) - pixels(alone)).max() <= 1
@@ -393,6 +394,12 @@ def test_the_model_says_how_long_a_window_is(parts):
         frames = generator.redraw(keep_frames(story_of(9), []), {}, progress=False)
     assert len(frames) == 9
     assert {len(clip) for inputs, *_ in forwards for clip in inputs} == {4}
+
+
+def test_a_window_that_shows_no_neighbours_is_refused(generator):
+    for window in (0, 2):
+        with pytest.raises(ValueError, match=f"a window of {window} cannot show both sides"):
+            generator.redraw(redraw_frames(STORY, [2]), FRAMES, window=window, progress=False)
 
 
 def test_redraw_by_windows_tells_of_each_and_goes_on_where_it_was_stopped(generator):
