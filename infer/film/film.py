@@ -34,8 +34,8 @@ def make_film(
 ) -> Path:
     """The mp4 of a story whose frames are the files `anchors`, in order; returns the folder of its parts.
 
-    settings: what decides the pixels that draw makes, by name, "model" among them. ValueError for anchors, a
-    story, an interval, an fps or an out that do not fit.
+    settings: what decides the pixels that draw makes, by name, "interpolator" among them. ValueError for
+    anchors, a story, an interval, an fps or an out that do not fit.
     """
     check_frame_interval(frame_interval)
     if not 1 <= fps <= 240:
@@ -47,7 +47,7 @@ def make_film(
     draw_missing(gaps, parts, draw, progress=progress)
     paths = parts.write_film(anchors, gaps, {"fps": fps, "story": story.to_dict()})
     draw_filmstrip(gaps, parts).save(parts_folder / FILMSTRIP_FILE)
-    made_with = ", ".join(f"{name} {value}" for name, value in settings.items() if value is not None)
+    made_with = f"storyanchors, {settings['interpolator']}, {frame_interval} frames between story frames"
     write_mp4(
         out,
         _shown(paths, progress),

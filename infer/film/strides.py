@@ -2,13 +2,16 @@
 
 A gap of 70 steps is one clip of 11 frames 7 steps apart (frame_interval 6), its two anchors given; then ten
 clips of 8 frames 1 step apart (frame_interval 0), each between two frames that are known by now. What a clip
-is told is its piece of the story (Gap.clip_story) and ClipConditions(fps, frame_interval).
+is told is its piece of the story (Gap.clip_story) and its own frame_interval.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
 
 from infer.film.gap import Gap
 from storyanchors.conditioning import ClipConditions
@@ -48,29 +51,42 @@ def draw_gaps(
     gaps: Sequence[Gap],
     frame_interval: int,
     *,
-    fps: float | None = None,
+    conditions: ClipConditions = ClipConditions(),  # noqa: B008  frozen
     settings: SamplerSettings = SamplerSettings(),  # noqa: B008  frozen
     seed: int = 0,
-    callback: Callable | None = None,
+    progress: bool = False,
 ) -> list[list[Image.Image]]:
     """frame_interval frames for each gap. The clips of one level of all gaps are drawn in one packed forward.
 
-    The clip that begins at step s has the noise of seed + s: a gap's frames depend on nothing outside it.
-    callback is generate_many's.
+    conditions are those of the film (fps, motion); each clip's own frame_interval is filled in. The clip that
+    begins at step s has the noise of seed + s: a gap's frames depend on nothing outside it.
+    SamplingStopped after Ctrl-C.
     """
-    num_steps = frame_interval + 1
+    num_steps, settings = frame_interval + 1, generator.full_settings(settings)
     known = [{0: gap.first, num_steps: gap.last} for gap in gaps]
-    for clips in plan_levels(num_steps):
-        places = [(index, clip) for index in range(len(gaps)) for clip in clips]
-        requests = [_request(gaps[index], clip, known[index], num_steps, fps, seed) for index, clip in places]
-        drawn = generator.generate_many(requests, settings=settings, progress=False, callback=callback)
-        for (index, clip), frames in zip(places, drawn, strict=True):
-            known[index].update(zip(clip, frames, strict=True))
+    levels = plan_levels(num_steps)
+    total = len(levels) * settings.num_steps
+    with tqdm(total=total, desc="sampling", unit="step", leave=False, disable=not progress) as bar:
+
+        def count(step: int, latents: list[Tensor]) -> None:
+            bar.update()
+
+        for clips in levels:
+            places = [(index, clip) for index in range(len(gaps)) for clip in clips]
+            requests = [_request(gaps[i], clip, known[i], num_steps, conditions, seed) for i, clip in places]
+            drawn = generator.generate_many(requests, settings=settings, progress=False, callback=count)
+            for (index, clip), frames in zip(places, drawn, strict=True):
+                known[index].update(zip(clip, frames, strict=True))
     return [[frames[step] for step in range(1, num_steps)] for frames in known]
 
 
 def _request(
-    gap: Gap, clip: Clip, known: dict[int, Image.Image], num_steps: int, fps: float | None, seed: int
+    gap: Gap,
+    clip: Clip,
+    known: dict[int, Image.Image],
+    num_steps: int,
+    conditions: ClipConditions,
+    seed: int,
 ) -> StoryRequest:
     stride = round((clip[-1] - clip[0]) / (len(clip) - 1))
     return StoryRequest(
@@ -78,6 +94,6 @@ def _request(
         given={1: known[clip[0]], len(clip): known[clip[-1]]},
         height=gap.first.height,
         width=gap.first.width,
-        conditions=ClipConditions(fps, stride - 1),
+        conditions=replace(conditions, frame_interval=stride - 1),
         seed=seed + clip[0],
     )

@@ -68,15 +68,15 @@ def check_wan(weights: str, *, with_last: bool) -> None:
     network = WanTransformer3DModel.load_config(weights, subfolder="transformer")
     if network.get("image_dim") is not None:
         _check_parts(weights, ("image_encoder", "image_processor"), present)
-    reads_two = (
-        network.get("pos_embed_seq_len") is not None
-    )  # of CLIP tokens: a Wan 2.1 first-last-frame model
+    reads_two = network.get("pos_embed_seq_len") is not None  # places for the CLIP tokens of two pictures
     if network.get("in_channels") == network.get("out_channels") and not index.get("expand_timesteps"):
         raise ValueError(f"{weights} is a text-to-video model: its network takes no image")
     if with_last and (index.get("expand_timesteps") or (network.get("image_dim") and not reads_two)):
-        raise ValueError(f"{weights} draws from a first frame only: take model=wan_i2v or a first-last model")
+        raise ValueError(
+            f"{weights} draws from a first frame only: take interpolator=wan_i2v or a first-last model"
+        )
     if not with_last and reads_two:
-        raise ValueError(f"{weights} needs a first and a last frame: take model=wan_flf")
+        raise ValueError(f"{weights} needs a first and a last frame: take interpolator=wan_flf")
 
 
 def _check_parts(weights: str, needed: tuple[str, ...], present: set[str]) -> None:

@@ -43,7 +43,9 @@ class Counting:
 
 
 def film(anchors, story, out, draw=blend_gap, **changed):
-    arguments = dict(settings={"model": "blend"}, frame_interval=INTERVAL, fps=24.0, progress=False) | changed
+    arguments = (
+        dict(settings={"interpolator": "blend"}, frame_interval=INTERVAL, fps=24.0, progress=False) | changed
+    )
     return make_film(anchors, story, out, draw=draw, **arguments)
 
 
@@ -64,7 +66,7 @@ def test_anchors_stand_untouched_in_their_places_among_all_frames(tmp_path, fram
     for number, anchor in enumerate(anchors):
         assert paths[number * (frame_interval + 1)].read_bytes() == anchor.read_bytes()
     record = json.loads((parts / "frames" / "film.json").read_text())
-    assert (record["num_frames"], record["model"], record["fps"]) == (len(paths), "blend", 24.0)
+    assert (record["num_frames"], record["interpolator"], record["fps"]) == (len(paths), "blend", 24.0)
 
 
 def test_the_mp4_plays_all_frames_in_order_with_chapters_and_texts(tmp_path):
@@ -77,7 +79,7 @@ def test_the_mp4_plays_all_frames_in_order_with_chapters_and_texts(tmp_path):
         assert float(video.average_rate) == pytest.approx(23.976)
         assert container.metadata["title"] == "two foxes"
         assert container.metadata["comment"] == STORY.prompt()
-        assert "model blend" in container.metadata["description"]
+        assert "storyanchors, blend" in container.metadata["description"]
         chapters = [
             (
                 round(chapter["start"] * chapter["time_base"] * video.average_rate),
@@ -120,7 +122,7 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path):
     scene(9).save(anchors[3])
     film(anchors, STORY, tmp_path / "film.mp4", draw)
     assert draw.calls == 4  # the gap before the changed frame
-    film(anchors, STORY, tmp_path / "film.mp4", draw, settings={"model": "blend", "seed": 1})
+    film(anchors, STORY, tmp_path / "film.mp4", draw, settings={"interpolator": "blend", "seed": 1})
     assert draw.calls == 7
 
 

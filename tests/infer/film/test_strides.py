@@ -58,9 +58,9 @@ def test_every_step_is_drawn_once_between_steps_that_are_known(num_steps):
 
 
 def test_a_gap_is_filled_alone_as_among_others(generator, gaps):
-    both = draw_gaps(generator, gaps, 13, fps=24.0, seed=3)
+    both = draw_gaps(generator, gaps, 13, conditions=ClipConditions(24.0), seed=3)
     assert [len(frames) for frames in both] == [13, 13]
-    [alone] = draw_gaps(generator, gaps[1:], 13, fps=24.0, seed=3)
+    [alone] = draw_gaps(generator, gaps[1:], 13, conditions=ClipConditions(24.0), seed=3)
     differences = [
         abs(a - b)
         for first, second in zip(both[1], alone, strict=True)
@@ -72,7 +72,7 @@ def test_a_gap_is_filled_alone_as_among_others(generator, gaps):
 def test_clips_are_told_their_stride_and_only_the_last_the_next_event(generator, gaps):
     calls = []
     hook = generator.dit.register_forward_pre_hook(lambda _, args: calls.append(args))
-    draw_gaps(generator, gaps[:1], 13, fps=24.0)
+    draw_gaps(generator, gaps[:1], 13, conditions=ClipConditions(24.0))
     hook.remove()
     (coarse, _, [coarse_told], _), (fine, _, fine_told, captions) = calls
     size = dict(height=16, width=24)

@@ -20,8 +20,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from conf.command import read_config
 from infer.film.gap import Gap
 from infer.film.wan import check_wan, clip_length, draw_gap, load_wan, nearest_frames
+from infer.interpolate_story import InterpolateStoryConfig, main
 from storyanchors.story import Event, Story
 
 STORY = Story([Event(1, 1, "a fox sleeps"), Event(2, 2, "it rains")], ["a fox"], "ink")
@@ -120,8 +122,8 @@ def test_shift_goes_to_the_scheduler(saved):
 def test_a_model_for_other_anchors_is_refused_before_its_weights_are_read(saved, tmp_path):
     kind, folder = saved
     expected = {
-        "flf": (False, "take model=wan_flf"),
-        "i2v": (True, "take model=wan_i2v"),
+        "flf": (False, "take interpolator=wan_flf"),
+        "i2v": (True, "take interpolator=wan_i2v"),
         "no_clip": (None, ""),
     }
     with_last, message = expected[kind]
@@ -178,3 +180,19 @@ def test_clips_are_of_wans_lengths_and_give_every_film_frame_its_nearest(with_la
             mirrored = [length - 1 - index for index in reversed(chosen)]
             assert max(abs(a - b) for a, b in zip(chosen, mirrored, strict=True)) <= 1
     assert (clip_length(69, with_last=True), clip_length(139, with_last=True)) == (73, 81)
+
+
+def test_the_command_makes_a_film_with_it(saved, tmp_path):
+    kind, folder = saved
+    (tmp_path / "frames").mkdir()
+    gap = gap_of((32, 16))
+    for number, anchor in enumerate((gap.first, gap.last), start=1):
+        anchor.save(tmp_path / "frames" / f"{number}.png")
+    STORY.to_file(tmp_path / "story.yaml")
+    arguments = [f"frames={tmp_path}/frames", f"story={tmp_path}/story.yaml", f"out={tmp_path}/film.mp4"]
+    interpolator = "wan_i2v" if kind == "i2v" else "wan_flf"
+    settings = [f"interpolator={interpolator}", f"weights={folder}", "frame_interval=2", "num_steps=1"]
+    main(read_config(InterpolateStoryConfig, "interpolate_story", [*arguments, *settings, "device=cpu"]))
+    frames = [Image.open(path) for path in sorted((tmp_path / "film.parts" / "frames").glob("*.png"))]
+    assert [frame.size for frame in frames] == [(32, 16)] * 4
+    assert (frames[0].tobytes(), frames[3].tobytes()) == (gap.first.tobytes(), gap.last.tobytes())
