@@ -100,7 +100,9 @@ def requested_edit(config: ContinueStoryConfig, story: Story) -> StoryEdit:
     operations: dict[str, Callable[[], StoryEdit]] = {
         "infill": lambda: redraw_frames(story, value),
         "edit": lambda: edit_frames(story, dict.fromkeys(value, text)),
-        "insert": lambda: insert_event(story, value, text, config.num_frames or 1),
+        "insert": lambda: insert_event(
+            story, value, text, 1 if config.num_frames is None else config.num_frames
+        ),
         "extend_right": lambda: extend_right(story, [(text, value)]),
         "extend_left": lambda: extend_left(story, [(text, value)]),
         "delete": lambda: delete_frames(story, value),

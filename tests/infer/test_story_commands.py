@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import struct
@@ -112,6 +113,12 @@ def shown(project):
     return [(project / name).read_bytes() for name in ("story.yaml", "contact_sheet.png")] + frames_of(
         project
     )
+
+
+def everything(project):
+    """All files but the lock, which says who held it last."""
+    paths = [path for path in project.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {path.relative_to(project): path.read_bytes() for path in paths}
 
 
 def records(project):
@@ -417,6 +424,115 @@ def test_bad_input_is_one_line_and_leaves_nothing(shared, broken, tmp_path, over
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert sorted(str(path) for path in broken.rglob("*")) == before
+
+
+OPERATIONS_REFUSED = {  # what the error says, what was typed
+    "found none, expected one of infill=, edit=, insert=": [],
+    "found infill= and delete=, expected one of": ["infill=2", "delete=3"],
+    "unknown key 'shrink'": ["shrink=3"],
+    "redraw: frame 9, expected one of 1 to 4": ["infill=[1,9]"],
+    "redraw: no frame is named": ["infill=[]"],
+    "edit= needs text=, found none": ["edit=2"],
+    "text= says nothing to delete=: it belongs to edit=, insert=": ["delete=2", "text=a"],
+    "keep= says nothing to infill=: it belongs to story=": ["infill=2", "keep=1"],
+    "frames= says nothing to infill=: it needs no project=": ["infill=2", "frames=there"],
+    "these are all, a story needs at least one frame": ["delete=[1,2,3,4]"],
+    "insert after frame 9: expected 0 to 4": ["insert=9", "text=a"],
+    "num_frames must be at least 1, found 0": ["insert=1", "text=a", "num_frames=0"],
+    "num_frames must be at least 1, found -2": ["extend_left=-2", "text=a"],
+    "no story project: it has no history.jsonl": ["project={broken}/empty", "infill=2"],
+    "seed must not be below 0": ["infill=2", "seed=-1"],
+    "a window of 2 cannot show both sides": ["infill=2", "window=2"],
+    "overlap is 9, expected 1 to 3": ["infill=2", "window=4", "overlap=9"],
+    "preview=look.jpg must be the name of a .png": ["infill=2", "preview=look.jpg"],
+    "guidance_interval is [1.0], expected two": ["infill=2", "guidance_interval=[1]"],
+    "cache_threshold must be a number from 0": ["infill=2", "cache_threshold=-1"],
+    "unknown memory mode 'swap'": ["infill=2", "memory=swap"],
+    "{broken}/nolora": ["infill=2", "lora={broken}/nolora"],
+    "is a story project already": ["infill=2", "out={project}"],
+    "{broken}/gap.yaml: no event covers frame 2": ["story={broken}/gap.yaml"],
+    "24 x 16": ["infill=2", "height=32", "width=32"],
+}
+
+
+@pytest.mark.parametrize("found", OPERATIONS_REFUSED)
+def test_an_operation_that_cannot_be_done_leaves_the_project(project, broken, found):
+    before = everything(project)
+    typed = [text.format(project=project, broken=broken) for text in OPERATIONS_REFUSED[found]]
+    arguments = {"project": f"project={project}"} | {text.partition("=")[0]: text for text in typed}
+    result = command("continue_story", *arguments.values())
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and found.format(broken=broken) in errors[0], result.stderr
+    assert everything(project) == before
+
+
+@pytest.mark.parametrize(
+    "overrides, found",
+    [
+        (["version=9"], "version 9: "),
+        (["version=0"], "expected one thing to do"),
+        (["--undo"], "nothing to undo"),
+        (["--undo", "--redo"], "found undo and redo"),
+        (["lock=7"], "the story has frames 1 to 4"),
+        (["by_hand=maybe"], "expected one of refuse, adopt, discard"),
+    ],
+)
+def test_what_cannot_be_restored_leaves_the_project(project, overrides, found):
+    before = everything(project)
+    result = restore(project, *overrides)
+    assert result.returncode == 1 and found in result.stderr and result.stderr.startswith("error: ")
+    assert everything(project) == before
+
+
+def test_hands_are_named_and_adopted(project):
+    Story([Event(1, 4, "A fox swims.")]).to_file(project / "story.yaml")
+    refused = command("continue_story", f"project={project}", "infill=2")
+    assert refused.returncode == 1 and "story.yaml of" in refused.stderr and "by_hand=adopt" in refused.stderr
+    assert restore(project, "by_hand=adopt").returncode == 0
+    change(project, "infill=2")
+    assert Story.from_file(project / "story.yaml") == Story([Event(1, 4, "A fox swims.")])
+
+
+def command_within(limit: int, num_bytes: int, *arguments) -> Result:
+    """A command in a process of its own that the system allows no more than this of something."""
+    reader, writer = os.pipe()
+    process = os.fork()
+    if not process:
+        signal.alarm(100)
+        torch.set_num_threads(1)  # the threads of OpenMP do not come along into a fork
+        resource.setrlimit(limit, (num_bytes, num_bytes))
+        result = command(*arguments)
+        os.write(writer, json.dumps([result.returncode, result.stdout, result.stderr]).encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        told = pipe.read()
+    os.waitpid(process, 0)
+    return Result(*json.loads(told))
+
+
+def test_a_full_disk_is_one_line_and_the_project_stays(project):
+    before = everything(project)
+    arguments = ("continue_story", f"project={project}", "infill=2", "seed=4")
+    result = command_within(resource.RLIMIT_FSIZE, 400, *arguments)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert f"error: cannot write {project}" in result.stderr and "File too large" in result.stderr
+    assert everything(project) == before
+    assert command(*arguments).returncode == 0
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(shared, tmp_path):
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    arguments = [f"weights={shared}/model", f"story={shared}/story.yaml", f"out={tmp_path}/out"]
+    result = command_within(
+        resource.RLIMIT_AS, used + 300 * 2**20, "generate_story", *arguments, "height=4096", "width=4080"
+    )
+    assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
+    [error] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "out of memory while drawing 4 frames of 4096 x 4080 pixels" in error
+    assert "dtype=bfloat16" in error and "a smaller height and width" in error
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_missing_is_named(shared, tmp_path):
