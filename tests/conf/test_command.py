@@ -99,6 +99,38 @@ def test_a_flag_is_short_for_true():
     assert read("part.path=x", "--fast", "fast=false").fast is False
 
 
+@dataclass
+class TextConfig:
+    text: str | None = None
+    name: str = "a"
+    numbers: list[int] | None = None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "in the cave, the fox's den",
+        'She says "stop, now"',
+        '"Stop," she said, "now"',
+        "a: b {c} (d)=e, [1-2] f",
+        "C:\\folder, ends in \\",
+        "plain words",
+    ],
+)
+def test_a_text_is_what_was_typed(conf, text):
+    (conf / "text.yaml").write_text("defaults: [text_schema, _self_]\n")
+    config = read_config(TextConfig, "text", [f"text={text}", f"name={text}"])
+    assert (config.text, config.name) == (text, text)
+
+
+def test_a_text_in_quotes_of_its_own_null_and_one_number_for_a_list(conf):
+    (conf / "text.yaml").write_text("defaults: [text_schema, _self_]\n")
+    assert read_config(TextConfig, "text", ["text='a, b'"]).text == "a, b"
+    assert read_config(TextConfig, "text", ["text=null"]).text is None
+    assert read_config(TextConfig, "text", ["numbers=3"]).numbers == [3]
+    assert read_config(TextConfig, "text", ["numbers=[3,4]"]).numbers == [3, 4]
+
+
 def test_a_plain_mapping_takes_any_key_with_a_plus_sign():
     assert read("part.path=x", "+passed_on.devices=2").passed_on == {"devices": 2}
 
