@@ -1,0 +1,148 @@
+"""The board as HTML, pure functions of the view: header, frames, drawings to compare, heading, status line.
+
+What can be clicked carries data-act and data-value, see CLICKS.
+"""
+
+from html import escape
+
+from infer.storyboard.view import BoardView, Card, Comparison, Variant
+from storyanchors.contact_sheet import EVENT_COLOURS
+
+CLICKS = """element.addEventListener('click', (event) => {
+  const clicked = event.target.closest('[data-act]');
+  if (!clicked || clicked.disabled) return;
+  trigger('act', {act: clicked.dataset.act, value: Number(clicked.dataset.value)});
+  if (['select', 'place'].includes(clicked.dataset.act) && window.innerWidth <= 760)
+    document.getElementById('side').scrollIntoView({behavior: 'smooth'});
+});"""
+_CLOSED = '<path d="M5 7V5a3 3 0 0 1 6 0v2M4 7h8v6H4z"/>'
+_OPEN = '<path d="M5 7V5a3 3 0 0 1 5.8-1M4 7h8v6H4z"/>'
+
+
+def header_html(view: BoardView) -> str:
+    """Name, version, undo and redo, and what can be taken away."""
+    version = "nothing drawn yet"
+    if view.version:
+        version = f"version {view.version} of {view.num_versions} &middot; {escape(view.what)}"
+    moves = _button("undo", "Undo", disabled=not view.can_undo) + _button(
+        "redo", "Redo", disabled=not view.can_redo
+    )
+    links = (("export/sheet.png", "Sheet"), ("export/film.mp4", "Film"), ("export/project.zip", "Project"))
+    exports = "".join(
+        f'<a href="{href}" download title="Download the {text.lower()}">{text}</a>' for href, text in links
+    )
+    return (
+        '<header class="board-header"><h1>story<b>anchors</b></h1>'
+        f"<p><strong>{escape(view.name)}</strong>"
+        f'<span id="version" data-version="{view.version}">{version}</span></p>'
+        f"<nav>{moves}{f'<i></i>{exports}' if view.version else ''}</nav></header>"
+    )
+
+
+def strip_html(view: BoardView) -> str:
+    """A card per frame, and one to go on with."""
+    cards = "".join(_card(card, view.selected == card.number) for card in view.cards)
+    after = len(view.cards)
+    placed = " is-selected" if view.place == after else ""
+    more = (
+        f'<article class="card is-more{placed}"><button class="picture" data-act="place" '
+        f'data-value="{after}" aria-label="Extend the story"><span>+</span></button>'
+        '<p class="caption">go on from here</p></article>'
+    )
+    return f'<section class="strip" aria-label="Frames">{cards}{more if view.version else ""}</section>'
+
+
+def _card(card: Card, selected: bool) -> str:
+    states = {"is-selected": selected, "is-locked": card.locked, "is-drawing": card.drawing}
+    classes = " ".join(["card", *(name for name, holds in states.items() if holds)])
+    lock = _CLOSED if card.locked else _OPEN
+    verb = "Unlock" if card.locked else "Lock"
+    return (
+        f'<article class="{classes}" data-number="{card.number}">'
+        f'<button class="picture" data-act="select" data-value="{card.number}"'
+        f' aria-pressed="{str(selected).lower()}" aria-label="Frame {card.number}">'
+        f"{_picture(card.picture)}</button>"
+        f'<span class="number">{card.number}</span>'
+        f'<button class="lock" data-act="lock" data-value="{card.number}" title="{verb} frame {card.number}"'
+        f' aria-label="{verb} frame {card.number}"><svg viewBox="0 0 16 16">{lock}</svg></button>'
+        f'<p class="caption"><i style="background:{_colour(card.event)}">{card.numbers}</i>'
+        f"{escape(card.text)}</p></article>"
+    )
+
+
+def tray_html(comparison: Comparison | None) -> str:
+    """Drawings of one frame side by side; one click chooses."""
+    if not comparison:
+        return ""
+    variants = "".join(
+        _variant(variant, index, comparison.ready) for index, variant in enumerate(comparison.variants)
+    )
+    title = "which one?" if comparison.ready else "four drawings are on their way"
+    return f'<section class="tray"><h2>Frame {comparison.number}: {title}</h2><div>{variants}</div></section>'
+
+
+def _variant(variant: Variant, index: int, ready: bool) -> str:
+    disabled = "" if ready or not index else " disabled"
+    return (
+        f'<button data-act="choose" data-value="{index}"{disabled}><span class="picture">'
+        f"{_picture(variant.picture)}</span>{escape(variant.label)}</button>"
+    )
+
+
+def status_html(view: BoardView) -> str:
+    """One line: what is being drawn, or what happened last."""
+    progress = view.progress
+    if progress:
+        waiting = f" &middot; then {escape('; '.join(progress.waiting))}" if progress.waiting else ""
+        note = f"{escape(view.message)} &middot; " if view.is_error else ""
+        return (
+            f'<div class="status is-busy" role="status"><p>{note}{escape(progress.what)}{waiting}</p>'
+            f'<div class="bar"><div style="width:{100 * progress.share:.0f}%"></div></div>'
+            f"{_button('cancel', 'Cancel')}</div>"
+        )
+    kind, role = ("is-error", "alert") if view.is_error else ("", "status")
+    return f'<div class="status {kind}" role="{role}"><p>{escape(view.message)}</p></div>'
+
+
+def panel_html(view: BoardView) -> str:
+    """The head of the panel at the side: what it is about, and the way back to the story."""
+    back = _button("story", "Story")
+    if view.selected is not None:
+        card = view.cards[view.selected - 1]
+        title, note = f"Frame {card.number}", _FRAME_NOTES[card.drawing, card.locked]
+        return (
+            f'<div class="panel-heading"><h2>{title}</h2>{back}</div>'
+            f'<div class="portrait">{_picture(card.picture)}</div>'
+            f'<div class="panel-heading"><p>{note}</p></div>'
+        )
+    if view.place is not None:
+        title = f"After frame {view.place}" if view.place < len(view.cards) else "Go on"
+        note = "New frames are drawn here; all others stay as they are."
+        return f'<div class="panel-heading"><h2>{title}</h2>{back}<p>{note}</p></div>'
+    note = _STORY_NOTES[view.version > 0]
+    forget = _button("forget", "Discard what is typed") if view.has_draft else ""
+    return f'<div class="panel-heading"><h2>The story</h2>{forget}<p>{note}</p></div>'
+
+
+_FRAME_NOTES = {  # (drawing, locked)
+    (False, False): "Nothing else changes when this frame is drawn again.",
+    (False, True): "Locked: stays as it is, bit by bit, until it is unlocked.",
+    (True, False): "It is being drawn.",
+    (True, True): "It is being drawn.",
+}
+_STORY_NOTES = {
+    False: "One line per event: the frames it covers, a colon, what happens.",
+    True: "Change it and draw: only frames whose text changed are drawn. Locked frames stay.",
+}
+
+
+def _button(act: str, text: str, *, disabled: bool = False) -> str:
+    return f'<button data-act="{act}" data-value="0"{" disabled" if disabled else ""}>{text}</button>'
+
+
+def _picture(url: str) -> str:
+    return f'<img src="{escape(url)}" alt="" draggable="false">' if url else '<span class="blank"></span>'
+
+
+def _colour(event: int) -> str:
+    return "rgb({}, {}, {})".format(*EVENT_COLOURS[event % len(EVENT_COLOURS)])

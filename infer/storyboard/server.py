@@ -1,0 +1,68 @@
+"""The page on this machine's network: Gradio's part, the pictures, and what can be taken away."""
+
+import re
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+
+from infer.storyboard.board import Board
+from infer.storyboard.exports import draw_sheet, make_film, pack_project
+from infer.storyboard.page import build_page, theme
+
+OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.png")
+STYLE_SHEET = Path(__file__).with_name("board.css")
+FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # pictures are named by their content
+
+
+def build_app(board: Board) -> FastAPI:
+    """The whole application; a server of one's own may mount it."""
+    app = FastAPI(title="storyanchors", docs_url=None, redoc_url=None, openapi_url=None)
+
+    @app.get("/picture/{name}")
+    def picture(name: str) -> Response:
+        path = board.desk.folder / "objects" / name
+        if not OBJECT_NAME.fullmatch(name) or not path.is_file():
+            return PlainTextResponse(f"no picture {name}", status_code=404)
+        return FileResponse(path, headers=FOREVER)
+
+    def export(name: str, make: Callable[[Board], bytes], kind: str) -> None:
+        @app.get(f"/export/{name}")
+        def download() -> Response:
+            try:
+                content = make(board)
+            except (ValueError, OSError) as error:
+                board.say(f"{name}: {error}", is_error=True)
+                return PlainTextResponse(str(error), status_code=400)
+            attachment = f'attachment; filename="{board.desk.folder.name}-{name}"'
+            return Response(content, media_type=kind, headers={"Content-Disposition": attachment})
+
+    export("sheet.png", draw_sheet, "image/png")
+    export("film.mp4", make_film, "video/mp4")
+    export("project.zip", pack_project, "application/zip")
+    return gr.mount_gradio_app(
+        app,
+        build_page(board),
+        path="/",
+        theme=theme(),
+        css_paths=STYLE_SHEET,
+        footer_links=[],
+        show_error=False,
+    )
+
+
+def start_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
+    """A server whose run() serves the app until Ctrl-C; OSError where the port is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
+        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            free.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"cannot serve on {host}, port {port}: {error.strerror}; choose another port="
+            ) from error
+    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
