@@ -5,6 +5,7 @@ import hashlib
 import io
 import random
 import re
+import shutil
 import sys
 from html.parser import HTMLParser
 
@@ -230,3 +231,33 @@ def test_a_comparison_has_every_frame_once_in_order_and_the_other_way_round_is_i
         assert all(pair.same == (a[pair.a - 1] == b[pair.b - 1]) for pair in pairs if pair.a and pair.b)
         mirrored = pair_frames(numbered(b), numbered(a), b, a)
         assert sorted(pair.word == "same" for pair in mirrored) == sorted(pair.same for pair in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_in_a_browser_frames_enlarge_keys_work_and_nothing_foreign_runs(project, tmp_path, capsys):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    assert command(capsys, "draw_story", f"project={project}", f"out={tmp_path}/page.html")[0] == 0
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 700}, color_scheme="light", offline=True)
+        said = []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("dialog", lambda dialog: said.append(dialog.message))  # an alert of the story's own script
+        page.on(
+            "request", lambda request: said.append(request.url) if "page.html" not in request.url else None
+        )
+        page.goto(f"file://{tmp_path}/page.html")
+        small = page.locator("#frame-2 img").bounding_box()["width"]
+        page.click("#frame-2 .pictures")
+        assert page.locator("#frame-2 img").bounding_box()["width"] > 2 * small
+        page.keyboard.press("ArrowRight")
+        assert page.url.endswith("#frame-3")
+        page.keyboard.press("Escape")
+        assert page.url.endswith("#cell-3")
+        background = "getComputedStyle(document.body).backgroundColor"
+        light = page.evaluate(background)
+        page.click(".theme")
+        assert page.evaluate(background) != light
+        browser.close()
+    assert [one for one in said if not one.startswith("data:")] == []
