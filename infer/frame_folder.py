@@ -5,9 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from storyanchors.clip import MAX_FRAME_PIXELS
-
-RGB_WITHOUT_LOSS = ("RGB", "L", "P", "1")  # PIL modes
+from storyanchors.clip import MAX_FRAME_PIXELS, RGB_WITHOUT_LOSS
 
 
 def find_frames(folder: Path) -> dict[int, Path]:

@@ -25,7 +25,7 @@ from infer.project.pictures import (
     read_new_pictures,
     read_picture,
     remove_unknown_pictures,
-    stored,
+    store_pictures,
 )
 from infer.project.unfinished import UNFINISHED
 from infer.project.views import STORY_FILE, changed_by_hand, frame_name, write_views
@@ -110,9 +110,9 @@ class StoryProject:
         try:
             with locked(folder, "beginning it"):
                 check_new_project(folder)
-                with stored(folder, contents):
-                    lines = [HEADER, *(json.dumps(version.to_line()).encode() for version in versions)]
-                    write_whole(folder / HISTORY_FILE, b"\n".join(lines) + b"\n")
+                store_pictures(folder, contents)
+                lines = [HEADER, *(json.dumps(version.to_line()).encode() for version in versions)]
+                write_whole(folder / HISTORY_FILE, b"\n".join(lines) + b"\n")
                 shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         finally:
             forget_beginning(folder)
@@ -262,8 +262,8 @@ class StoryProject:
 
     def _add(self, edit: StoryEdit, drawn: Mapping[int, Image.Image | Path], record: dict) -> int:
         version, contents = self._edited(edit, drawn, record)
-        with stored(self.folder, contents):
-            self._append(version.to_line())
+        store_pictures(self.folder, contents)
+        self._append(version.to_line())
         shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
         self._show()
         return self.version
@@ -378,11 +378,13 @@ def _check_inside(numbers: Collection[int], num_frames: int, verb: str) -> None:
 
 
 def forget_beginning(folder: Path) -> None:
-    """Of a project that could not begin."""
-    if not is_project(folder):
-        with suppress(OSError):
+    """Takes away what is left of a project that could not begin; unfinished windows stay."""
+    with suppress(OSError, Busy), locked(folder, "leaving it"):
+        if not is_project(folder):
+            remove_unknown_pictures(folder, set())
             (folder / OBJECTS).rmdir()
-        with suppress(OSError):
+    with suppress(OSError):
+        if {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
             (folder / LOCK_FILE).unlink()
             folder.rmdir()
 

@@ -22,6 +22,7 @@ from storyanchors.story import Story
 SCHEMA_VERSION = 1
 MAX_FRAMES = 999  # a frame's member name has three digits
 MAX_FRAME_PIXELS = 2**24
+RGB_WITHOUT_LOSS = ("RGB", "L", "P", "1")  # PIL modes
 MAX_CROP = 15  # pixels on a side: frames made by others are cut to multiples of 16
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP")
 IMAGE_MODES = ("RGB", "RGBA", "L", "LA", "P", "1")

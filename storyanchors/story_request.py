@@ -6,12 +6,10 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES
+from storyanchors.clip import MAX_FRAME_PIXELS, MAX_FRAMES, RGB_WITHOUT_LOSS
 from storyanchors.conditioning import ClipConditions
 from storyanchors.sampling import SAMPLERS
 from storyanchors.story import Story
-
-RGB_WITHOUT_LOSS = ("RGB", "L", "P", "1")  # PIL modes
 
 # Guidance leads away from it. The lists of the video models (Wan's shared_config.py) also name stillness and
 # still pictures, and for first-last-frame films changes of shot: a story frame is a still, and its story

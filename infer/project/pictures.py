@@ -1,8 +1,7 @@
 """The pictures of a story project: objects/<sha256>.png. One that is there never changes."""
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from PIL import Image
@@ -28,24 +27,22 @@ def read_picture(folder: Path, content: str) -> bytes:
     return found
 
 
-@contextmanager
-def stored(folder: Path, contents: Collection[bytes]) -> Iterator[None]:
-    """Writes PNG files into the project; where the block inside fails, the new ones go again."""
+def store_pictures(folder: Path, contents: Collection[bytes]) -> None:
+    """Writes PNG files into the project, all or none; no line of the history names them yet."""
     (folder / OBJECTS).mkdir(exist_ok=True)
     paths = {picture_path(folder, sha256(content)): content for content in contents}
     new = {path: content for path, content in paths.items() if not path.exists()}
     try:
         for path, content in new.items():
             write_whole(path, content)
-        yield
-    except BaseException:
+    except OSError:
         for path in new:
             path.unlink(missing_ok=True)
         raise
 
 
 def remove_unknown_pictures(folder: Path, known: Collection[str]) -> None:
-    """What a killed process stored, and no line of the history names."""
+    """Takes away what a process stored that was stopped before a line of the history named it."""
     for path in (folder / OBJECTS).iterdir():
         if OBJECT_NAME.fullmatch(path.name) and path.stem not in known:
             path.unlink()

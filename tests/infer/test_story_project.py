@@ -340,29 +340,38 @@ def test_killed_at_random_moments_a_project_stays_whole_and_no_version_is_lost(p
     assert there > 1
 
 
-def die_after(calls: int) -> None:
-    """Kills this very process before it makes its calls-th call of a C function from now on."""
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def press_ctrl_c() -> None:
+    raise KeyboardInterrupt
+
+
+def at_call(calls: int, act: Callable[[], None]) -> None:
+    """Acts before this very process makes its calls-th call of a C function from now on."""
     left = calls
 
     def count(frame, event, argument):
         nonlocal left
         left -= event == "c_call"
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if left == 0 and event == "c_call":
+            act()
 
     sys.setprofile(count)
 
 
-def test_killed_at_any_step_a_version_is_there_or_not(project):
+@pytest.mark.parametrize("end", [kill, press_ctrl_c])
+def test_ended_at_any_step_a_version_is_there_or_not(project, end):
     edit, counted = insert_event(project.story, 1, "A king."), []
     sys.setprofile(lambda frame, event, argument: counted.append(event == "c_call"))
     begin(project.folder.with_name("counted")).commit(edit, drawn(edit, 1), RECORD)
     sys.setprofile(None)
     before, outcomes = shutil.copytree(project.folder, project.folder.with_name("before")), set()
-    for calls in range(1, sum(counted), sum(counted) // 25):
+    for calls in range(1, sum(counted), sum(counted) // 16):
         shutil.rmtree(project.folder)
         shutil.copytree(before, project.folder)
-        child = in_child(lambda: (die_after(calls), project.commit(edit, drawn(edit, 1), RECORD)))  # noqa: B023
+        child = in_child(lambda: (at_call(calls, end), project.commit(edit, drawn(edit, 1), RECORD)))  # noqa: B023
         os.waitpid(child, 0)
         found = check_whole(project.folder)
         outcomes.add(found.version)
@@ -374,9 +383,9 @@ def test_killed_at_any_step_a_version_is_there_or_not(project):
 
 def test_killed_while_it_begins_a_project_can_be_begun_again(tmp_path):
     outcomes = set()
-    for calls in range(20, 1500, 60):
+    for calls in range(20, 1500, 90):
         folder = tmp_path / str(calls)
-        child = in_child(lambda: (die_after(calls), begin(folder)))  # noqa: B023
+        child = in_child(lambda: (at_call(calls, kill), begin(folder)))  # noqa: B023
         os.waitpid(child, 0)
         outcomes.add((folder / "history.jsonl").exists())
         if not (folder / "history.jsonl").exists():
