@@ -27,7 +27,7 @@ COLUMNS = 8
 PAPER, INK, FAINT, BLANK = (252, 251, 248), (28, 28, 32), (110, 108, 104), (232, 230, 226)
 KEPT, DRAWN, WRONG = (214, 90, 20), (40, 140, 70), (210, 20, 30)
 WIDTH_PX = 2 * MARGIN_PX + LABEL_PX + COLUMNS * (FRAME_PX + GAP_PX)
-LINE_LETTERS = 150
+LINE_LETTERS = 170
 
 Cell = tuple[Image.Image | None, tuple[int, int, int] | None, bool]  # picture, border, wrong
 
@@ -66,11 +66,13 @@ def _title(task: str) -> str:
 def _asked(case: Case) -> list[str]:
     """The texts of the events that the drawn frames belong to, as many as fit in three lines."""
     drawn = set(case.edit.drawn())
-    events = [
-        f"[{event.first_frame}-{event.last_frame}] {event.description}"
-        for event in case.edit.story.events
-        if drawn & set(range(event.first_frame, event.last_frame + 1))
-    ]
+    events = []
+    for event in case.edit.story.events:
+        numbers = range(event.first_frame, event.last_frame + 1)
+        if drawn & set(numbers):
+            events.append(
+                f"[{'-'.join(str(n) for n in sorted({numbers[0], numbers[-1]}))}] {event.description}"
+            )
     return textwrap.wrap("  ".join(events), LINE_LETTERS, max_lines=3, placeholder=" ...")
 
 

@@ -93,11 +93,16 @@ SECTIONS = {
     ],
     "Change a story": [
         Task("edit", "an inner frame told anew", partial(edit_case, anonymous=False), CHANGED),
-        Task("edit_anonymous", "the same, looks in the frames", partial(edit_case, anonymous=True), SEEN),
+        Task(
+            "edit_anonymous",
+            "an inner frame told anew, looks in the frames",
+            partial(edit_case, anonymous=True),
+            SEEN,
+        ),
         Task("insert", "a frame put in", partial(insert_case, anonymous=False), CHANGED, num_frames=7),
         Task(
             "insert_anonymous",
-            "the same, looks in the frames",
+            "a frame put in, looks in the frames",
             partial(insert_case, anonymous=True),
             SEEN,
             num_frames=7,
