@@ -4,7 +4,7 @@ python infer/compare_stories.py a=PROJECT b=OTHER out=COMPARISON.png
 python infer/compare_stories.py a=PROJECT@1 b=PROJECT out=COMPARISON.html
 
 a and b are projects, versions of them (PROJECT@3, or a_version=3), or folders of frames with a story.yaml.
-Frames with the same pixels are matched first, so a frame that was put in moves no other out of its place.
+Frames are paired so that as little as may be has changed: one that was put in moves no other.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from storyanchors.lettering import check_font
 
 @dataclass
 class CompareStoriesConfig:
-    a: str = MISSING
+    a: str = MISSING  # a story project, PROJECT@VERSION, or a folder of frames with its story.yaml
     b: str = MISSING
-    a_version: int | None = None
+    a_version: int | None = None  # a version of project a; null = the present one
     b_version: int | None = None
-    out: str = MISSING
-    font: str | None = None
+    out: str = MISSING  # a .png or .html file
+    font: str | None = None  # a font file to be asked before all others
 
 
 def main(config: CompareStoriesConfig) -> None:

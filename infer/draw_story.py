@@ -28,14 +28,14 @@ HTML = (".html", ".htm")
 
 @dataclass
 class DrawStoryConfig:
-    project: str | None = None
-    version: int | None = None
-    frames: str | None = None
-    story: str | None = None
-    out: str = MISSING
-    layout: str = MISSING
-    title: str | None = None
-    font: str | None = None
+    project: str | None = None  # a story project
+    version: int | None = None  # one of its versions; null = the present one
+    frames: str | None = None  # or a folder with 001.png, 002.png, ...
+    story: str | None = None  # and its story file; null = story.yaml in that folder
+    out: str = MISSING  # a .png or .html file
+    layout: str = MISSING  # of a .png: sheet, comic or strip
+    title: str | None = None  # of a comic or a page; null = made of the story's subjects
+    font: str | None = None  # a font file to be asked before all others
 
 
 def main(config: DrawStoryConfig) -> None:

@@ -61,6 +61,8 @@ def find_origin(history: list[Version], version: int, number: int) -> tuple[Vers
 def read_frames_and_story(frames: str, story: str | None) -> ShownStory:
     """Numbered frames and a story file (None: the folder's own); ValueError where they do not fit."""
     found = find_frames(Path(frames))
+    if story is None and not (Path(frames) / STORY_FILE).is_file():
+        raise ValueError(f"{frames} has no {STORY_FILE}, expected story=FILE")
     read = Story.from_file(Path(story) if story else Path(frames) / STORY_FILE)
     if [*sorted(found)] != [*range(1, read.num_frames + 1)]:
         raise ValueError(f"{frames} has the frames {sorted(found)}, the story has 1 to {read.num_frames}")

@@ -191,7 +191,9 @@ def _picture_height(frame_size: tuple[int, int], width: int) -> int:
     return max(1, round(width * frame_size[1] / frame_size[0]))
 
 
-def _lay_out_side_by_side(first, count, y, width, height_of, texts) -> list[_Panel]:
+def _lay_out_side_by_side(
+    first: int, count: int, y: int, width: int, height_of: Callable[[int], int], texts: _Texts
+) -> list[_Panel]:
     """Equal panels; a caption is as wide as the panels up to the next one that has a caption."""
     tallest = round(1.2 * TALLEST * width)
     one = (width - (count - 1) * GUTTER_PX) // count
@@ -212,7 +214,9 @@ def _lay_out_side_by_side(first, count, y, width, height_of, texts) -> list[_Pan
     ]
 
 
-def _lay_out_large_and_small(first, large_first, y, width, height_of, texts) -> list[_Panel]:
+def _lay_out_large_and_small(
+    first: int, large_first: bool, y: int, width: int, height_of: Callable[[int], int], texts: _Texts
+) -> list[_Panel]:
     """A large panel beside two small ones under one another; the widths are such that both end together."""
     numbers = (first, first + 1, first + 2) if large_first else (first + 2, first, first + 1)
 

@@ -176,6 +176,7 @@ def test_a_folder_of_frames_is_drawn_with_its_story_or_another(project, tmp_path
         (["project={project}", "out=x.png", "version=5"], "has no version 5, its last one is 4"),
         (["project={project}", "out=x.png", "font={project}/story.yaml"], "cannot read the font"),
         (["project={project}/frames", "out=x.png"], "is no story project"),
+        (["frames={project}/frames", "out=x.png"], "has no story.yaml, expected story=FILE"),
     ],
 )
 def test_what_cannot_be_drawn_is_said_in_one_line(project, capsys, overrides, message):
