@@ -16,6 +16,7 @@ from infer.storyboard.page import build_page, theme
 
 OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.png")
 STYLE_SHEET = Path(__file__).with_name("board.css")
+CLOSING_S = 1
 FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # pictures are named by their content
 
 
@@ -65,4 +66,11 @@ def start_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
             raise OSError(
                 f"cannot serve on {host}, port {port}: {error.strerror}; choose another port="
             ) from error
-    return uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning"))
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        timeout_graceful_shutdown=CLOSING_S,  # an open page keeps a connection for news
+    )
+    return uvicorn.Server(config)

@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium"),
 ]
 ROOT = Path(__file__).parents[2]
-PATIENCE_MS = 300_000  # the machine may be busy
+PATIENCE_MS = 120_000  # the machine may be busy
 STORY = """1-2: in the canyon, the blue triangle stands, medium shot from the left
 3: in the snow, the blue triangle runs, wide shot from the center
 in the city, the blue triangle sleeps, close shot from the right"""
@@ -119,8 +119,6 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         assert len(page.query_selector_all(".card")) == 8 and person.pictures() == []  # the example
         person.write("events", STORY)
         person.click("#draw")
-        page.wait_for_selector(".card.is-drawing img")  # a preview
-        assert page.query_selector(".status.is-busy")
         person.wait_for_version(1)
         first = person.pictures()
         assert len(first) == 4
@@ -129,7 +127,7 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         person.click('.card[data-number="2"] .lock')
         page.wait_for_selector('.card.is-locked[data-number="2"]')
         person.click("#reroll")
-        assert person.line("locked") == "frame 2 is locked: unlock it first"
+        assert person.line("unlock it first") == "frame 2 is locked: unlock it first"
 
         person.choose(3)
         person.click("#reroll")
@@ -198,7 +196,8 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         assert page.input_value("#events textarea") == "1: a story that nobody has drawn"
         person.choose(1)
         person.click("#reroll")
-        page.wait_for_selector('.card.is-drawing[data-number="1"]')
+        page.wait_for_selector('.card.is-drawing[data-number="1"] img[src^="data:image/png"]')  # a preview
+        assert "Re-rolling frame 1" in page.inner_text(".status.is-busy p")
         page.set_viewport_size({"width": 390, "height": 844})
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         person.click("[data-act=cancel]")
