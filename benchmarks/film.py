@@ -30,14 +30,15 @@ from storyanchors.contact_sheet import draw_comparison
 from storyanchors.generator import StoryGenerator
 from storyanchors.story_world import WorldStory, render_frame, sample_story, to_story
 from storyanchors.story_world.dense import FPS, FRAME_INTERVAL, dense_frame
-from storyanchors.story_world.renderer import background
+from storyanchors.story_world.renderer import background, subject_columns
 from storyanchors.story_world.world import COLOURS
 
 KINDS = ("within an event", "across a cut")
-MIN_SHARE, MAX_RESIDUAL = (
-    0.1,
-    32,
-)  # what counts as a pixel of a subject: its colour's share, RGB steps beside it
+FROM_SHARE, TO_SHARE = (
+    0.25,
+    0.75,
+)  # of the subject's colour in a pixel: below it is noise, above it is the subject
+MAX_RESIDUAL = 48  # RGB steps that a pixel may be off the line from the scene's colour to the subject's
 MIN_SEEN = 0.5  # a subject is seen where this share of its true pixels is found
 COLUMNS = 8
 
@@ -98,7 +99,7 @@ def measure(frames: list[Pixels], truth: list[Pixels], story: WorldStory, number
     """Mean squared errors of positions (pixels) and of frames (RGB steps), and the share of subjects seen."""
     positions, seen = [], []
     for member, _ in story.frames[number - 1].actions:
-        find = partial(find_subject, story=story, number=number, colour=story.cast[member].colour)
+        find = partial(find_subject, story=story, number=number, member=member)
         last, _ = find(render_frame(story, number).astype(np.float64))
         for frame, true in zip(frames, truth, strict=True):
             (expected, expected_area), (found, area) = find(true), find(frame)
@@ -109,18 +110,23 @@ def measure(frames: list[Pixels], truth: list[Pixels], story: WorldStory, number
     return {"position": float(np.mean(positions)), "seen": float(np.mean(seen)), "frame": float(error)}
 
 
-def find_subject(pixels: Pixels, *, story: WorldStory, number: int, colour: str) -> tuple[np.ndarray, float]:
+def find_subject(pixels: Pixels, *, story: WorldStory, number: int, member: int) -> tuple[np.ndarray, float]:
     """(x, y) of the centre of a subject's body and its area, in pixels; shares of its colour are the weights.
 
-    The scene is known, so an edge pixel that is half body and half scene counts half.
+    The scene is known, so an edge pixel that is half body and half scene counts half, and noise not at all.
+    Of two subjects each is looked for on its own side, for a blurred yellow one has orange edges.
     """
     facts = story.frames[number - 1]
     scene = background(facts.scene, facts.zoom).astype(np.float64)
-    direction = np.array(COLOURS[colour]) - scene
+    direction = np.array(COLOURS[story.cast[member].colour]) - scene
     shares = np.clip(((pixels - scene) * direction).sum(-1) / np.square(direction).sum(-1), 0, 1)
-    residual = np.sqrt(np.square(pixels - scene - shares[..., None] * direction).sum(-1))
-    weights = np.where((shares >= MIN_SHARE) & (residual <= MAX_RESIDUAL), shares, 0)
+    residuals = np.sqrt(np.square(pixels - scene - shares[..., None] * direction).sum(-1))
     y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
+    columns = subject_columns(facts.zoom, facts.pan, len(facts.actions))
+    place = [index for index, _ in facts.actions].index(member)
+    is_own = np.abs(x - columns[place]) <= np.min([np.abs(x - column) for column in columns], axis=0)
+    weights = np.clip((shares - FROM_SHARE) / (TO_SHARE - FROM_SHARE), 0, 1)
+    weights = weights * is_own * (residuals <= MAX_RESIDUAL)
     area = float(weights.sum())
     return np.array([(weights * axis).sum() for axis in (x, y)]) / max(area, 1e-9), area
 
