@@ -49,6 +49,19 @@ def test_packed_attention_is_full_attention_under_a_block_diagonal_mask(case):
     torch.testing.assert_close(packed, masked_attention(q, k, v, q_lengths, k_lengths))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", CASES)
+def test_a_forward_alone_gives_the_same(case, dtype):
+    """Without gradients float32 takes SDPA, and bf16 writes many queries out part by part."""
+    q_lengths, k_lengths = CASES[case]
+    q, k, v = (tokens(sum(n), i).to(dtype) for i, n in enumerate((q_lengths, k_lengths, k_lengths)))
+    expected = masked_attention(q.double(), k.double(), v.double(), q_lengths, k_lengths)
+    with torch.no_grad():
+        found = packed_attention(q, k, v, q_lengths, k_lengths)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
 def test_gradients_stay_within_a_clip():
     q_lengths, k_lengths = [4, 3], [2, 5]
     q, k, v = (x.requires_grad_() for x in (tokens(7, 0), tokens(7, 1), tokens(7, 2)))
