@@ -1,5 +1,7 @@
 """The page on this machine's network: Gradio's part, the pictures, and what can be taken away."""
 
+import asyncio
+import logging
 import re
 import socket
 from collections.abc import Callable
@@ -73,4 +75,11 @@ def start_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
         log_level="warning",
         timeout_graceful_shutdown=CLOSING_S,  # an open page keeps a connection for news
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_no_closed_page)
     return uvicorn.Server(config)
+
+
+def _is_no_closed_page(record: logging.LogRecord) -> bool:
+    """Connections of open pages are cut when the server ends: no error, and no traceback for each of them."""
+    cut = record.exc_info and isinstance(record.exc_info[1], asyncio.CancelledError)
+    return not cut and "graceful shutdown exceeded" not in record.getMessage()
