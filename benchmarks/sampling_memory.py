@@ -10,6 +10,7 @@ and half a GiB are left free here.
 
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,7 +32,7 @@ GIB = 2**30
 UMT5_BYTES = 5.681e9 * 2  # UMT5-XXL's encoder in bfloat16, for Wan; Step-Video's captions come precomputed
 CARDS = {"24 GB": 24, "80 GB": 80}  # GiB
 MODELS = ("wan-1.3b", "step-4b", "wan-14b", "step-30b")
-CLIPS = [(F, H, W) for H, W in ((480, 832), (720, 1280)) for F in (8, 12, 24)]
+CLIPS = [(8, 480, 832), (12, 720, 1280), (24, 720, 1280)]
 
 
 class PeakBytes(TorchDispatchMode):
@@ -59,6 +60,12 @@ class PeakBytes(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.now -= size
+
+
+def network(config: StoryDiTConfig) -> StoryDiT:
+    dit = StoryDiT(config).eval()
+    dit.cast(torch.bfloat16)
+    return dit
 
 
 def bytes_of(module: nn.Module) -> int:
@@ -101,11 +108,14 @@ def main() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         decode = {clip: decode_bytes(codec, *clip) for clip in CLIPS}
         for model in MODELS:
-            dit = StoryDiT(StoryDiTConfig.preset(model)).eval()
-            dit.cast(torch.bfloat16)
+            config = StoryDiTConfig.preset(model)
+            with torch.device("meta"):
+                weights = bytes_of(network(config))
+            # without gradients every block takes the same, one after the other
+            dit = network(replace(config, num_layers=2))
             encoder = UMT5_BYTES if model.startswith("wan") else 0
             for clip in CLIPS:
-                weights, own, forward = bytes_of(dit), bytes_of(codec.network), forward_bytes(dit, *clip)
+                own, forward = bytes_of(codec.network), forward_bytes(dit, *clip)
                 resident = weights + encoder + own + max(forward, decode[clip])
                 offload = max(encoder, weights + forward, own + decode[clip])
                 sizes = [size / GIB for size in (weights, encoder, forward, decode[clip], resident, offload)]
