@@ -40,6 +40,8 @@ class ExportWeightsConfig:
     dtype: str = "float32"  # float32 | bfloat16
     num_steps: int | None = None  # what the model folder recommends; None = the run's samples.num_steps
     guidance_scale: float | None = None
+    shift: float | None = None  # None = the shift it was trained with
+    max_frames: int | None = None  # drawn at once; longer stories go by windows. None = any number
 
     def __post_init__(self):
         known = {"which": ("ema", "model"), "dtype": tuple(DTYPES), "format": tuple(MADE_WITH)}
@@ -111,7 +113,8 @@ def write_story_model(
         "guidance_scale": samples["guidance_scale"]
         if config.guidance_scale is None
         else config.guidance_scale,
-        "shift": model.sigma_shift,
+        "shift": config.shift or model.sigma_shift,
+        **({"max_frames": config.max_frames} if config.max_frames else {}),
     }
     codec = open_codec(model, Path(config.run_dir) / CODEC)
     if not isinstance(codec, PcaCodec):

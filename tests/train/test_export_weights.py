@@ -71,6 +71,13 @@ def test_an_export_holds_the_weights_of_the_newest_checkpoint(export, three_step
     assert len(frames) == 2
 
 
+def test_an_export_recommends_what_it_is_told_to(export, three_steps, tmp_path):
+    export(three_steps, tmp_path / "model", "num_steps=7", "guidance_scale=1", "shift=3", "max_frames=5")
+    generator = StoryGenerator.from_pretrained(tmp_path / "model")
+    found = (generator.num_steps, generator.guidance_scale, generator.shift, generator.max_frames)
+    assert found == (7, 1, 3, 5)
+
+
 def test_an_export_can_begin_another_stage(train, export, three_steps, tmp_path):
     export(three_steps, tmp_path / "model", "dtype=bfloat16")
     run_dir = train(
