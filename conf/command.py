@@ -124,10 +124,10 @@ def _flag(match: re.Match[str]) -> str:
 
 
 def _as_its_field(argument: str, schema: type) -> str:
-    """A text with commas and quotes as it was typed, and one number where the field is a list of them."""
+    """A text as it was typed, whatever is in it, and one number where the field is a list of them."""
     key, _, value = argument.partition("=")
     kind = {field.name: field.type for field in dataclasses.fields(schema)}.get(key)
-    if kind in (str, str | None) and re.search(r"[][{}(),='\"\\]", value) and not _IS_QUOTED.fullmatch(value):
+    if kind in (str, str | None) and value not in ("", "null") and not _IS_QUOTED.fullmatch(value):
         escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
         return f"{key}='{escaped}'"
     if kind in (list[int], list[int] | None) and re.fullmatch(r"\d+", value):

@@ -115,6 +115,11 @@ class TextConfig:
         "a: b {c} (d)=e, [1-2] f",
         "C:\\folder, ends in \\",
         "plain words",
+        "He runs! Where to? 50% of #1; a & b <c> `d` ^ ~ $5",
+        "\u00e9t\u00e9, \u4e2d\u6587",
+        "two\nlines",
+        "1e3",
+        "true",
     ],
 )
 def test_a_text_is_what_was_typed(conf, text):
