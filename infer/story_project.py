@@ -28,15 +28,23 @@ from infer.project.pictures import (
     store_pictures,
 )
 from infer.project.unfinished import UNFINISHED
-from infer.project.views import STORY_FILE, changed_by_hand, frame_name, write_views
+from infer.project.views import (
+    FRAMES,
+    SHEET,
+    SHOWN_FILE,
+    STORY_FILE,
+    changed_by_hand,
+    frame_name,
+    write_views,
+)
 from infer.project.whole_files import (
     LOCK_FILE,
-    TEMPORARY,
     Busy,
     append_line,
     locked,
     read_lines,
     sha256,
+    temporary_of,
     write_whole,
 )
 from storyanchors.output_folder import check_output_folder
@@ -242,7 +250,7 @@ class StoryProject:
         self._history = read_history(path, lines)
 
     def _append(self, line: dict) -> None:
-        append_line(self.folder / HISTORY_FILE, json.dumps(line).encode())
+        append_line(self.folder / HISTORY_FILE, json.dumps(line).encode(), self._end)
         self._load()
 
     def _append_lock(self, verb: str, numbers: Collection[int]) -> None:
@@ -291,8 +299,11 @@ class StoryProject:
         if history.stat().st_size > self._end:  # a line that was not finished
             os.truncate(history, self._end)
         known = {content for version in self._history.versions for content in version.frames}
-        for path in self.folder.glob(f"**/.*{TEMPORARY}"):
-            path.unlink()
+        for name in (HISTORY_FILE, STORY_FILE, SHEET, SHOWN_FILE):
+            temporary_of(self.folder / name).unlink(missing_ok=True)
+        for folder in (OBJECTS, FRAMES, f"{UNFINISHED}/*"):  # others are written by their own processes
+            for path in self.folder.glob(f"{folder}/{temporary_of(Path('*'))}"):
+                path.unlink()
         remove_unknown_pictures(self.folder, known)
         if by_hand == "adopt":
             self._adopt()
@@ -318,8 +329,11 @@ class StoryProject:
             return
         path = self.folder / STORY_FILE
         story = Story.from_file(path) if path.is_file() else self.story
+        places = replace_story(self.story, story, []).drawn()  # refuses a story that is too long
+        if left := sorted(set(changed) - {STORY_FILE, *map(frame_name, places)}):
+            raise ValueError(f"{', '.join(left)} of {self.folder}: the story has frames 1 to {len(places)}")
         kept, given = [], {}
-        for number in range(1, story.num_frames + 1):
+        for number in places:
             path = self.folder / frame_name(number)
             same = number <= self.num_frames and (
                 not path.is_file() or sha256(path.read_bytes()) == self.present.frames[number - 1]

@@ -5,12 +5,14 @@ restore), pictures locked or unlocked. Nothing is ever taken out, so every versi
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from storyanchors.story import Story
 
 SCHEMA_VERSION = 1
+SHA256 = re.compile("[0-9a-f]{64}")
 HEADER = json.dumps({"story_project": SCHEMA_VERSION}).encode()
 
 
@@ -92,8 +94,7 @@ class History:
         """One more line; ValueError, KeyError, IndexError or TypeError where it does not follow."""
         if "version" in line:
             version = Version.from_line(line)
-            if version.number != len(self.versions) + 1:
-                raise ValueError(f"version {version.number} after {len(self.versions)}")
+            _check_follows(version, len(self.versions))
             self.versions.append(version)
             self._go_to(version.number)
         elif "move" in line:
@@ -116,6 +117,18 @@ class History:
         self.present = there.pop()
         if self.present != to:
             raise ValueError(f"{move} to version {to}, expected {self.present}")
+
+
+def _check_follows(version: Version, number_before: int) -> None:
+    """Other programs may have written the line: its hashes become paths, its parents are followed."""
+    if version.number != number_before + 1:
+        raise ValueError(f"version {version.number} after {number_before}")
+    if version.parent is not None and not 1 <= version.parent <= number_before:
+        raise ValueError(f"version {version.number} has the parent {version.parent}")
+    if len(version.frames) != version.story.num_frames:
+        raise ValueError(f"{len(version.frames)} frames of a story of {version.story.num_frames}")
+    if wrong := [content for content in version.frames if not SHA256.fullmatch(content)]:
+        raise ValueError(f"{wrong[0]!r} is no SHA-256")
 
 
 def read_history(path: Path, lines: list[bytes]) -> History:

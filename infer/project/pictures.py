@@ -1,16 +1,15 @@
 """The pictures of a story project: objects/<sha256>.png. One that is there never changes."""
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from PIL import Image
 
 from infer.frame_folder import as_png, check_frame, read_frame
+from infer.project.history import SHA256
 from infer.project.whole_files import sha256, write_whole
 
 OBJECTS = "objects"
-OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.png")
 
 
 def picture_path(folder: Path, content: str) -> Path:
@@ -44,7 +43,7 @@ def store_pictures(folder: Path, contents: Collection[bytes]) -> None:
 def remove_unknown_pictures(folder: Path, known: Collection[str]) -> None:
     """Takes away what a process stored that was stopped before a line of the history named it."""
     for path in (folder / OBJECTS).iterdir():
-        if OBJECT_NAME.fullmatch(path.name) and path.stem not in known:
+        if path.suffix == ".png" and SHA256.fullmatch(path.stem) and path.stem not in known:
             path.unlink()
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_S = 1.0
-TEMPORARY = ".tmp"  # suffix of files that a killed process may leave behind
 
 _held = threading.local()  # folders that this thread holds
 
@@ -27,9 +26,14 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def temporary_of(path: Path) -> Path:
+    """What a process that was killed while it wrote the file may have left behind."""
+    return path.with_name(f".{path.name}.tmp")
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Replaces the file in one step, on disk when this returns; OSError names the file."""
-    temporary = path.with_name(f".{path.name}{TEMPORARY}")
+    temporary = temporary_of(path)
     try:
         with temporary.open("wb", buffering=0) as file:
             _write_all(file, content)
@@ -41,11 +45,14 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def append_line(path: Path, line: bytes) -> None:
-    """Adds a line that is on disk when this returns; where it fails, the file is as long as it was before."""
+def append_line(path: Path, line: bytes, end: int) -> None:
+    """Adds a line that is on disk when this returns; where it fails, the file is as long as it was before.
+
+    end is where the complete lines end, as read_lines says: a torn one behind it is dropped.
+    """
     whole = False
     with path.open("ab", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
+        file.truncate(end)
         try:
             _write_all(file, line + b"\n")
             whole = True

@@ -230,6 +230,28 @@ def test_what_was_changed_by_hand_can_be_adopted(project):
     assert adopted.story == STORY and StoryProject.open(project.folder, by_hand="adopt").version == 1
 
 
+def test_what_has_no_place_in_the_story_is_not_thrown_away_by_adopting(project):
+    added = project.folder / "frames" / "004.png"
+    picture(77).save(added)
+    with pytest.raises(ValueError, match=r"frames/004\.png of .*: the story has frames 1 to 3"):
+        StoryProject.open(project.folder, by_hand="adopt")
+    assert added.exists() and project.version == 1
+    (project.folder / "story.yaml").write_text("events: [{frames: [1, 2000000000], description: long}]")
+    with pytest.raises(ValueError, match="a story of 2000000000 frames is too long"):
+        StoryProject.open(project.folder, by_hand="adopt")
+
+
+def test_half_written_files_of_others_are_left_alone(project):
+    own = project.folder / "frames" / ".001.png.tmp"
+    others = [project.folder / "film.parts" / ".000001.png.tmp", project.folder / ".film.mp4.tmp"]
+    others[0].parent.mkdir()
+    (project.folder / ".export.1234.tmp").mkdir()
+    for path in (own, *others):
+        path.write_bytes(b"half")
+    StoryProject.open(project.folder)
+    assert not own.exists() and all(path.exists() for path in others)
+
+
 def test_files_of_other_names_are_left_alone_and_missing_views_come_back(project):
     (project.folder / "frames" / "notes.txt").write_text("mine")
     (project.folder / "mine.txt").write_text("mine")
@@ -248,6 +270,15 @@ def test_damage_is_named(project):
     history.write_bytes(lines.replace(b'"version": 1', b'"version": 7', 1))
     with pytest.raises(ValueError, match=r"history\.jsonl: line 2 is damaged .*version 7 after 0"):
         StoryProject.open(project.folder)
+    content = project.present.frames[0].encode()
+    for found, damaged, message in (
+        (content, b"../../secret", "'../../secret' is no SHA-256"),
+        (b'"parent": null', b'"parent": 1', "version 1 has the parent 1"),
+        (b'"%s", ' % content, b"", "2 frames of a story of 3"),
+    ):
+        history.write_bytes(lines.replace(found, damaged))
+        with pytest.raises(ValueError, match=f"line 2 is damaged .*{message}"):
+            StoryProject.open(project.folder)
     history.write_bytes(lines)
     path = project.frame_paths()[2]
     path.write_bytes(path.read_bytes()[:-1] + b"0")
@@ -399,6 +430,10 @@ def test_a_line_that_was_not_finished_is_dropped(project):
     whole = history.read_bytes()
     history.write_bytes(whole + whole.splitlines()[1][:99])
     assert check_whole(project.folder).version == 1 and history.read_bytes() == whole
+    with history.open("ab") as file:  # another process was killed while this one has the project open
+        file.write(b'{"version": 2, "par')
+    project.lock([1])
+    assert check_whole(project.folder).locked == {1}
 
 
 # A full disk
