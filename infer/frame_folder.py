@@ -26,7 +26,15 @@ def find_frames(folder: Path) -> dict[int, Path]:
 def read_frame(path: Path) -> Image.Image:
     """The decoded image; ValueError, naming the file, for one that is broken or too large."""
     try:
-        with Image.open(path, formats=["PNG", "JPEG"]) as image:
+        return decode_frame(path.read_bytes(), path)
+    except OSError as error:
+        raise ValueError(f"cannot read the frame {path}: {error}") from error
+
+
+def decode_frame(content: bytes, where: object) -> Image.Image:
+    """The image in a PNG or JPEG file; ValueError, naming where, for another, a broken or a too large one."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG"]) as image:
             if image.width * image.height > MAX_FRAME_PIXELS:
                 raise ValueError(
                     f"{image.width} x {image.height} pixels, at most {MAX_FRAME_PIXELS} are read"
@@ -39,7 +47,7 @@ def read_frame(path: Path) -> Image.Image:
         SyntaxError,
         Image.DecompressionBombError,
     ) as error:  # SyntaxError: broken PNG
-        raise ValueError(f"cannot read the frame {path}: {error}") from error
+        raise ValueError(f"cannot read the frame {where}: {error}") from error
 
 
 def check_frame(frame: Image.Image, where: str, size: tuple[int, int]) -> None:
@@ -54,9 +62,10 @@ def check_frame(frame: Image.Image, where: str, size: tuple[int, int]) -> None:
 def as_png(frame: Image.Image | Path) -> bytes:
     """A frame's PNG file; one that is a PNG file already stays the same, byte for byte."""
     if isinstance(frame, Path):
-        if frame.suffix.lower() == ".png":
-            return frame.read_bytes()
-        frame = read_frame(frame)
+        content = frame.read_bytes()
+        if content.startswith(b"\x89PNG"):
+            return content
+        frame = decode_frame(content, frame)
     content = io.BytesIO()
     frame.save(content, "PNG")
     return content.getvalue()

@@ -6,10 +6,8 @@ version, for people and other programs; left behind by a killed process, they ar
 What a person changed in story.yaml or frames/ is never overwritten unasked: it is named, and can be adopted.
 """
 
-import io
 import json
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -18,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from infer.frame_folder import decode_frame
 from infer.project.history import HEADER, Version, read_history
 from infer.project.pictures import (
     OBJECTS,
@@ -27,7 +26,7 @@ from infer.project.pictures import (
     remove_unknown_pictures,
     store_pictures,
 )
-from infer.project.unfinished import UNFINISHED
+from infer.project.unfinished import UNFINISHED, forget_unfinished
 from infer.project.views import (
     FRAMES,
     SHEET,
@@ -121,7 +120,7 @@ class StoryProject:
                 store_pictures(folder, contents)
                 lines = [HEADER, *(json.dumps(version.to_line()).encode() for version in versions)]
                 write_whole(folder / HISTORY_FILE, b"\n".join(lines) + b"\n")
-                shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+                forget_unfinished(folder)
         finally:
             forget_beginning(folder)
         return cls.open(folder)
@@ -272,7 +271,7 @@ class StoryProject:
         version, contents = self._edited(edit, drawn, record)
         store_pictures(self.folder, contents)
         self._append(version.to_line())
-        shutil.rmtree(self.folder / UNFINISHED, ignore_errors=True)
+        forget_unfinished(self.folder)
         self._show()
         return self.version
 
@@ -378,7 +377,7 @@ def check_new_project(folder: Path) -> None:
 
 
 def _image(folder: Path, content: str) -> Image.Image:
-    return Image.open(io.BytesIO(read_picture(folder, content)))
+    return decode_frame(read_picture(folder, content), picture_path(folder, content))
 
 
 def _check_numbers(frames: Mapping[int, object], expected: Collection[int]) -> None:

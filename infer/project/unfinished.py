@@ -1,17 +1,29 @@
 """Windows of a long story that are drawn already, for the same command to go on with when it was stopped."""
 
-import io
 import json
+import re
+import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
-from infer.frame_folder import as_png
+from infer.frame_folder import as_png, decode_frame
 from infer.project.whole_files import sha256, write_whole
 
 UNFINISHED = "unfinished"
 INDEX_FILE = "windows.json"  # written last
+KEY = re.compile("[0-9a-f]{16}")
+
+
+def forget_unfinished(project: Path) -> None:
+    """Takes away all of a project's unfinished windows, and nothing that a person put beside them."""
+    for folder in (project / UNFINISHED).glob("*"):
+        if KEY.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # there is none, or something else is in it
+        (project / UNFINISHED).rmdir()
 
 
 class UnfinishedFrames:
@@ -25,7 +37,7 @@ class UnfinishedFrames:
         self.folder.mkdir(parents=True, exist_ok=True)
         contents = {number: as_png(frame) for number, frame in frames.items()}
         for number, content in contents.items():
-            if not self._path(number).exists():
+            if not self._path(number).exists() or self._path(number).read_bytes() != content:
                 write_whole(self._path(number), content)
         hashes = {str(number): sha256(content) for number, content in contents.items()}
         index = json.dumps({"windows": num_windows, "frames": hashes})
@@ -41,7 +53,8 @@ class UnfinishedFrames:
         for number, content in contents.items():
             if sha256(content) != index["frames"][str(number)]:
                 raise ValueError(f"{self._path(number)} is damaged: remove {self.folder} to begin again")
-        return index["windows"], {n: Image.open(io.BytesIO(content)) for n, content in contents.items()}
+        frames = {number: decode_frame(content, self._path(number)) for number, content in contents.items()}
+        return index["windows"], frames
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:03d}.png"

@@ -4,14 +4,11 @@
 process left half-written (of some version, without .shown) is told from what a person changed.
 """
 
-import io
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from PIL import Image
-
-from infer.frame_folder import as_png
+from infer.frame_folder import as_png, decode_frame
 from infer.project.history import Version
 from infer.project.whole_files import sha256, write_whole
 from storyanchors.contact_sheet import draw_contact_sheet
@@ -63,7 +60,7 @@ def write_views(folder: Path, version: Version, read: Callable[[int], bytes]) ->
         write_whole(folder / STORY_FILE, story_file(version.story))
     for name in found.keys() - expected.keys():
         (folder / name).unlink()
-    frames = [Image.open(io.BytesIO(content)) for content in contents.values()]
+    frames = [decode_frame(content, frame_name(number)) for number, content in contents.items()]
     held = {*version.kept, *version.given}
     write_whole(folder / SHEET, as_png(draw_contact_sheet(frames, version.story, given=held)))
     write_whole(folder / SHOWN_FILE, f"{version.number}\n".encode())

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.project.whole_files import Busy
+from infer.project.whole_files import Busy, sha256
 from infer.story_project import StoryProject
 from storyanchors.story import Event, Story
 from storyanchors.story_edit import (
@@ -262,6 +262,34 @@ def test_files_of_other_names_are_left_alone_and_missing_views_come_back(project
     (project.folder / "frames" / "notes.txt").unlink()
     assert (project.folder / "mine.txt").read_text() == "mine"
     check_whole(project.folder)
+
+
+def test_pictures_are_png_files_whatever_they_are_called(project, tmp_path):
+    picture(5).save(tmp_path / "named_wrongly.png", "JPEG")
+    edit = redraw_frames(project.story, [1])
+    project.commit(edit, {1: tmp_path / "named_wrongly.png"}, {})
+    assert project.frame_paths()[1].read_bytes().startswith(b"\x89PNG")
+    picture(5).save(tmp_path / "other.png", "BMP")
+    with pytest.raises(ValueError, match=r"cannot read the frame .*other\.png"):
+        project.commit(edit, {1: tmp_path / "other.png"}, {})
+
+
+def test_a_picture_of_another_kind_is_not_decoded(project, tmp_path):
+    picture(5).save(tmp_path / "a.bmp")
+    content = (tmp_path / "a.bmp").read_bytes()
+    history, stranger = project.folder / "history.jsonl", sha256(content)
+    history.write_text(history.read_text().replace(project.present.frames[0], stranger))
+    (project.folder / "objects" / f"{stranger}.png").write_bytes(content)
+    shutil.rmtree(project.folder / "frames")
+    with pytest.raises(ValueError, match="cannot read the frame"):
+        StoryProject.open(project.folder)
+
+
+def test_a_folder_of_a_person_that_is_called_unfinished_stays(tmp_path):
+    (tmp_path / "project" / "unfinished").mkdir(parents=True)
+    (tmp_path / "project" / "unfinished" / "novel.txt").write_text("mine")
+    begin(tmp_path / "project")
+    assert (tmp_path / "project" / "unfinished" / "novel.txt").read_text() == "mine"
 
 
 def test_damage_is_named(project):
