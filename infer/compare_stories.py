@@ -14,7 +14,8 @@ from omegaconf import MISSING
 
 from conf.command import run
 from infer.comparison_page import comparison_page, draw_story_comparison
-from infer.draw_story import HTML, as_png, check_out, write_out
+from infer.draw_story import HTML, check_out, write_out
+from infer.frame_folder import as_png
 from infer.shown_story import read_any
 from infer.story_difference import count_pairs, pair_frames
 from storyanchors.lettering import check_font

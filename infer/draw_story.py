@@ -7,7 +7,6 @@ A page has the events with their ranges, seeds and the whole history, and needs 
 pictures. A folder of frames that has a story.yaml needs no story=.
 """
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from omegaconf import MISSING
 from PIL import Image
 
 from conf.command import run
+from infer.frame_folder import as_png
 from infer.project.whole_files import write_whole
 from infer.shown_story import ShownStory, read_frames_and_story, read_shown
 from infer.story_page import story_page
@@ -84,13 +84,6 @@ def check_out(out: Path) -> None:
     """ValueError for a name that says neither picture nor page."""
     if out.suffix.lower() not in (".png", *HTML):
         raise ValueError(f"out={out} must be the name of a .png or .html file")
-
-
-def as_png(page: Image.Image) -> bytes:
-    """A picture as the content of a file."""
-    with io.BytesIO() as file:
-        page.save(file, "PNG")
-        return file.getvalue()
 
 
 def write_out(out: Path, content: bytes) -> None:

@@ -64,7 +64,7 @@ def read_frames_and_story(frames: str, story: str | None) -> ShownStory:
     if story is None and not (Path(frames) / STORY_FILE).is_file():
         raise ValueError(f"{frames} has no {STORY_FILE}, expected story=FILE")
     read = Story.from_file(Path(story) if story else Path(frames) / STORY_FILE)
-    if [*sorted(found)] != [*range(1, read.num_frames + 1)]:
+    if len(found) != read.num_frames or max(found) != read.num_frames or min(found) < 1:
         raise ValueError(f"{frames} has the frames {sorted(found)}, the story has 1 to {read.num_frames}")
     return ShownStory(Path(frames).resolve().name, read, [path for _, path in sorted(found.items())])
 

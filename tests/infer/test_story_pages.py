@@ -164,6 +164,10 @@ def test_a_folder_of_frames_is_drawn_with_its_story_or_another(project, tmp_path
         capsys, "draw_story", f"frames={folder}", f"story={tmp_path}/other.yaml", f"out={tmp_path}/a.png"
     )
     assert status == 1 and "has the frames [1, 2], the story has 1 to 3" in said
+    (tmp_path / "long.yaml").write_text("events: [{frames: [1, 2000000000], description: long}]")
+    long = f"story={tmp_path}/long.yaml"
+    status, said = command(capsys, "draw_story", f"frames={project}/frames", long, "out=x.png")
+    assert status == 1 and "the story has 1 to 2000000000" in said
 
 
 @pytest.mark.parametrize(
