@@ -6,6 +6,7 @@ import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import gradio as gr
 import uvicorn
@@ -41,8 +42,8 @@ def build_app(board: Board) -> FastAPI:
             except (ValueError, OSError) as error:
                 board.say(f"{name}: {error}", is_error=True)
                 return PlainTextResponse(str(error), status_code=400)
-            attachment = f'attachment; filename="{board.desk.folder.name}-{name}"'
-            return Response(content, media_type=kind, headers={"Content-Disposition": attachment})
+            headers = {"Content-Disposition": _attachment(f"{board.desk.folder.name}-{name}")}
+            return Response(content, media_type=kind, headers=headers)
 
     export("sheet.png", draw_sheet, "image/png")
     export("film.mp4", make_film, "video/mp4")
@@ -56,6 +57,12 @@ def build_app(board: Board) -> FastAPI:
         footer_links=[],
         show_error=False,
     )
+
+
+def _attachment(name: str) -> str:
+    """Content-Disposition of a download; a header has only Latin letters, so others go percent-encoded."""
+    encoded = quote(name)
+    return f'attachment; filename="{name}"' if encoded == name else f"attachment; filename*=UTF-8''{encoded}"
 
 
 def start_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:

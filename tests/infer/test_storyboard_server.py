@@ -61,6 +61,16 @@ def test_downloads_say_what_they_are(board, client):
         assert f'filename="board-{name}"' in answer.headers["content-disposition"]
 
 
+def test_a_project_of_any_name_can_be_taken_away(tmp_path):
+    folder = tmp_path / 'm\u00e4rchen "\u72d0"'
+    StoryProject.create(folder, STORY, {n: Image.new("RGB", (16, 16)) for n in (1, 2)}, {})
+    client = TestClient(build_app(Board(folder, STORY, Artist(None, DrawSettings()))))
+    for name in ("sheet.png", "film.mp4", "project.zip"):
+        answer = client.get(f"/export/{name}")
+        expected = f"attachment; filename*=UTF-8''m%C3%A4rchen%20%22%E7%8B%90%22-{name}"
+        assert (answer.status_code, answer.headers["content-disposition"]) == (200, expected)
+
+
 def test_the_page_asks_no_other_machine_for_anything(client):
     page = client.get("/").text
     assert "storyanchors" in page
