@@ -61,8 +61,10 @@ class Board:
 
     # What a click does
 
-    def act(self, act: str, value: int | None) -> None:
+    def act(self, act: str, value: int) -> None:
         """A click on what carries this data-act and data-value."""
+        if not isinstance(value, int):
+            raise ValueError(f"a click on {act!r} carries a number, found {value!r}")
         acts: dict[str, Callable[[], None]] = {
             "select": lambda: self._look_at(selected=value),
             "place": lambda: self._look_at(place=value),
@@ -81,6 +83,13 @@ class Board:
     def place_after_selected(self) -> None:
         """Frames are to be inserted after the selected one."""
         self._look_at(place=self._selected())
+
+    def check_focus(self, selected: int | None, place: int | None) -> None:
+        """ValueError unless this is what is chosen: a click on a page that does not show it means another."""
+        if (selected, place) != (self.selected, self.place):
+            raise ValueError(
+                "another page chose something else meanwhile: now this one shows it, click again"
+            )
 
     def _look_at(self, selected: int | None = None, place: int | None = None) -> None:
         self.selected, self.place = selected, place
@@ -119,7 +128,7 @@ class Board:
                 raise ValueError("no frame's text has changed: re-roll single frames, or draw all anew")
             return replace_story(self.desk.project.story, story, keep)
 
-        self._draw("Drawing the story", edit, renumbers=True, is_story=True)
+        self._draw("Drawing the story", edit, renumbers=True, typed=(events, subjects, style))
 
     def draw_all_anew(self, events: str, subjects: str, style: str) -> None:
         """Draws all frames that are not locked, from the story as typed."""
@@ -129,7 +138,7 @@ class Board:
             keep = self._locked_within(story) if self.desk.project else set()
             return replace_story(self.desk.project.story if self.desk.project else story, story, keep)
 
-        self._draw("Drawing all frames", edit, renumbers=True, is_story=True)
+        self._draw("Drawing all frames", edit, renumbers=True, typed=(events, subjects, style))
 
     def _locked_within(self, story: Story) -> set[int]:
         return {number for number in self.desk.project.locked if number <= story.num_frames}
@@ -219,6 +228,8 @@ class Board:
             return
 
         def work(job: Job) -> str:
+            if choice.version != self.desk.project.version:
+                raise ValueError("the story has changed since these were drawn: compare again")
             edit = redraw_frames(self.desk.project.story, [choice.number])
             seed = choice.seeds[index - 1]
             self.artist.take_variant(self.desk.project, edit, {choice.number: choice.drawn[index - 1]}, seed)
@@ -239,13 +250,13 @@ class Board:
         make_edit: Callable[[], StoryEdit],
         *,
         renumbers: bool = False,
-        is_story: bool = False,
+        typed: Texts | None = None,  # the whole story, where that is what is drawn
     ) -> None:
         def work(job: Job) -> str:
             edit = make_edit()
             job.sketch = self.desk.sketch(edit)
             if renumbers:
-                self._look_at(selected=None if is_story else next(iter(edit.drawn()), None))
+                self._look_at(selected=None if typed else next(iter(edit.drawn()), None))
             [seed] = self.desk.new_seeds(1)
             try:
                 self.desk.project = self.artist.draw(self.desk.project or self.desk.folder, edit, seed, job)
@@ -254,7 +265,7 @@ class Board:
                     seed  # asked for again, the drawing goes on after the windows that are finished
                 )
                 raise
-            if is_story:
+            if typed and typed == self._draft.read():  # nothing was typed since
                 self._draft.forget()
             return self._what()
 

@@ -18,9 +18,7 @@ class Desk:
         self.refresh()
 
     def submit(self, job: Job) -> None:
-        """Puts a job in the line; ValueError behind one that may move the frames that it names."""
-        if moving := [other.what for other in self.worker.jobs() if other.renumbers]:
-            raise ValueError(f"frames may move: wait for '{moving[0]}', or cancel it")
+        """Puts a job in the line, see Worker.submit."""
         work = job.work
 
         def work_on_what_is_there(job: Job) -> str:

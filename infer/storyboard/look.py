@@ -12,7 +12,8 @@ Field = tuple[int | None, str]  # what a field of the page is about, and its tex
 def look(board: Board) -> tuple[BoardView, list[Field]]:
     """The whole board and the fields of its forms; while something is drawn, the story as it will be.
 
-    A field is filled anew when what it is about or its text has changed.
+    A field is filled anew when what it is about or its text has changed; the last two are about the selected
+    frame and about the place for new ones.
     """
     jobs = board.desk.worker.jobs()
     sketch = jobs[0].sketch if jobs else None

@@ -83,11 +83,16 @@ def build_page(board: Board) -> gr.Blocks:
             fields = [text if (what, text) != old else gr.skip() for (what, text), old in zip(values, known)]
             return [*looks, *panels, *fields]
 
-        def answer(action: Callable) -> Callable:
-            """The handler of an action: its error becomes the page's one line."""
+        def answer(action: Callable, *, of_focus: bool = False) -> Callable:
+            """The handler of an action: its error becomes the page's one line.
+
+            of_focus: it means the frame or the place that this page shows, not one that another page chose.
+            """
 
             def handler(seen_values, *values):
                 try:
+                    if of_focus:
+                        board.check_focus(*(what for what, _ in seen_values[-2:]))
                     action(*values)
                 except (ValueError, OSError) as error:
                     board.say(str(error), is_error=True)
@@ -98,8 +103,8 @@ def build_page(board: Board) -> gr.Blocks:
 
             return handler
 
-        def on(trigger: Callable, action: Callable, inputs: list) -> None:
-            trigger(answer(action), [seen, *inputs], shown, **QUIET)
+        def on(trigger: Callable, action: Callable, inputs: list, *, of_focus: bool = False) -> None:
+            trigger(answer(action, of_focus=of_focus), [seen, *inputs], shown, **QUIET)
 
         def clicked(seen_values, event: gr.EventData):
             return answer(board.act)(seen_values, event.act, event.value)
@@ -110,12 +115,12 @@ def build_page(board: Board) -> gr.Blocks:
         on(draw_anew.click, board.draw_all_anew, story)
         for field in story:
             on(field.blur, board.keep_draft, story)
-        on(edit.click, board.edit, [text])
-        on(reroll.click, board.reroll, [])
-        on(compare.click, board.compare, [])
-        on(insert.click, board.place_after_selected, [])
-        on(delete.click, board.delete, [])
-        on(add.click, board.add_frames, [new_text, count])
+        on(edit.click, board.edit, [text], of_focus=True)
+        on(reroll.click, board.reroll, [], of_focus=True)
+        on(compare.click, board.compare, [], of_focus=True)
+        on(insert.click, board.place_after_selected, [], of_focus=True)
+        on(delete.click, board.delete, [], of_focus=True)
+        on(add.click, board.add_frames, [new_text, count], of_focus=True)
         on(timer.tick, lambda: None, [])
         page.load(lambda: answer(board.desk.look_again)(None), None, shown, **QUIET)
     return page

@@ -53,8 +53,13 @@ class Worker:
             return [*([self.current] if self.current else []), *self._waiting]
 
     def submit(self, job: Job) -> None:
-        """Puts a job at the end of the line; waits for one that is quick."""
+        """Puts a job at the end of the line; waits for one that is quick.
+
+        ValueError behind one that may move the frames that it names.
+        """
         with self._change:
+            if moving := [other.what for other in self.jobs() if other.renumbers]:
+                raise ValueError(f"frames may move: wait for '{moving[0]}', or cancel it")
             self._waiting.append(job)
             self._change.notify()
         job.done.wait(AT_ONCE_S)

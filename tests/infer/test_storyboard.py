@@ -4,6 +4,7 @@ import io
 import threading
 import time
 import zipfile
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -210,6 +211,45 @@ def test_what_is_chosen_too_late_or_kept_changes_nothing(drawn):
     assert look(drawn)[0].comparison is None
     with pytest.raises(ValueError, match="nothing to choose from"):
         drawn.act("choose", 1)
+
+
+@contextmanager
+def kept_waiting(board):
+    """What is asked inside is done afterwards."""
+    gate = threading.Event()
+    board.desk.submit(Job("waiting", lambda job: gate.wait(60) and ""))
+    yield
+    gate.set()
+    settle(board)
+
+
+def test_drawings_of_a_text_that_has_changed_by_then_are_not_taken(drawn):
+    do(drawn, drawn.compare, selected=2)
+    with kept_waiting(drawn):
+        drawn.edit("the fox sleeps")
+        drawn.act("choose", 1)
+    assert drawn.is_error and "compare again" in drawn.message and drawn.desk.project.version == 2
+
+
+def test_what_is_typed_while_a_story_is_drawn_stays(drawn):
+    typed = (TEXTS[0].replace("dusk", "dawn"), "a fox", "ink")
+    drawn.keep_draft(*typed)
+    with kept_waiting(drawn):
+        drawn.draw_story(*typed)
+        drawn.keep_draft("1: something new", "", "")
+    assert drawn.desk.project.version == 2 and drawn.texts()[0] == "1: something new"
+
+
+def test_a_click_means_the_frame_that_its_own_page_shows(drawn):
+    drawn.act("select", 2)
+    shown = [what for what, _ in look(drawn)[1][-2:]]
+    drawn.check_focus(*shown)
+    drawn.act("select", 3)  # on another page
+    with pytest.raises(ValueError, match="another page chose something else"):
+        drawn.check_focus(*shown)
+    with pytest.raises(ValueError, match="carries a number, found 'x'"):
+        drawn.act("select", "x")
+    assert drawn.selected == 3
 
 
 def test_a_cancelled_drawing_leaves_the_project_and_its_seed(folder, generator, drawn):
