@@ -19,9 +19,9 @@ class OutOfMemory(ValueError):
 @contextmanager
 def at_work(part, device: torch.device, memory: str) -> Iterator[None]:
     """The part is on the device inside; with memory offload it leaves for the CPU afterwards."""
-    if memory == "offload":
-        part.to(device)
     try:
+        if memory == "offload":
+            part.to(device)
         yield
     finally:
         if memory == "offload":

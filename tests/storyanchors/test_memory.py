@@ -11,7 +11,7 @@ from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
 from storyanchors.generator import StoryGenerator
-from storyanchors.memory import OutOfMemory, memory_advice, out_of_memory_explained
+from storyanchors.memory import OutOfMemory, at_work, memory_advice, out_of_memory_explained
 from storyanchors.story import Event, Story
 
 STORY = Story([Event(1, 3, "a fox runs")])
@@ -68,6 +68,21 @@ def test_offloaded_parts_are_on_the_device_only_while_they_work(parts):
     resident, same_frames = journal_of(parts, "resident")
     assert resident == ["encoder encodes", "codec encodes", "network works", "network works", "codec decodes"]
     np.testing.assert_array_equal(frames, same_frames)
+
+
+def test_a_part_that_does_not_fit_does_not_stay_there_in_half():
+    class Large:
+        on_device = 0
+
+        def to(self, device):
+            self.on_device = 1 if device == DEVICE else 0
+            if device == DEVICE:
+                raise torch.OutOfMemoryError("out of memory")
+
+    part = Large()
+    with pytest.raises(torch.OutOfMemoryError), at_work(part, DEVICE, "offload"):
+        pass
+    assert part.on_device == 0
 
 
 def test_a_part_leaves_also_when_its_work_fails(parts):
