@@ -8,8 +8,8 @@ python infer/continue_story.py project=PROJECT extend_right=4 text="they walk ho
 python infer/continue_story.py project=PROJECT extend_left=1 text="a road at night"
 python infer/continue_story.py project=PROJECT delete=[3]
 python infer/continue_story.py project=PROJECT story=STORY.yaml keep=[1,2]
-out=OTHER begins a new project with the result, and leaves this one as it is. weights, fps, frame_interval
-and motion that are not given are those that the project was drawn with last.
+out=OTHER begins a new project with the result, and leaves this one as it is. weights (with
+their lora), fps, frame_interval and motion that are not given are those that the project was drawn with last.
 
 From a folder of frames 001.png, 002.png, ... (or .jpg), or from a project, into a new project:
 python infer/continue_story.py weights=MODEL story=STORY.yaml frames=FOLDER keep=[1,2,3] out=PROJECT seed=0
@@ -73,15 +73,16 @@ def main(config: ContinueStoryConfig) -> None:
         out = Path(config.out)
         check_new_project(out)
     if config.weights is None:
-        config.weights = _weights_of(project)
+        config.weights, lora = _model_of(project)
+        config.lora = config.lora or lora
     draw_edit(config, project, edit, out=out)
 
 
-def _weights_of(project: StoryProject) -> str:
-    """The model folder that drew the project last."""
+def _model_of(project: StoryProject) -> tuple[str, str | None]:
+    """The model folder that drew the project last, and its LoRA adapter."""
     for version in reversed(project.history):
         if "weights" in version.record:
-            return version.record["weights"]
+            return version.record["weights"], version.record.get("lora")
     raise ValueError(f"weights=... is missing, and no model has drawn any version of {project.folder}")
 
 

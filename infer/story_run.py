@@ -134,8 +134,9 @@ def draw_edit(
     if config.seed < 0:
         raise ValueError(f"seed must not be below 0, found {config.seed}")
     history = [] if isinstance(project, Path) else project.history
+    num_before = 0 if out else len(history)
     if len(edit.kept) == edit.story.num_frames:  # e.g. a deletion: needs no model
-        return say_what_was_done(run_edit(None, project, edit, DrawSettings(), out=out), len(history))
+        return say_what_was_done(run_edit(None, project, edit, DrawSettings(), out=out), num_before)
     sampler, conditions = sampler_settings(config), _conditions(config, history)
     generator = load_generator(config)
     settings = DrawSettings(
@@ -160,7 +161,7 @@ def draw_edit(
             f"finished windows are kept in {home / UNFINISHED}, the same command goes on" if finished else ""
         )
         raise Stopped(kept or "nothing was finished, the same command begins again") from stopped
-    say_what_was_done(project, len(history))
+    say_what_was_done(project, num_before)
 
 
 def stop_on_sigterm() -> None:

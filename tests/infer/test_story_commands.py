@@ -27,6 +27,8 @@ from infer import continue_story, generate_story, restore_story
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
+from storyanchors.generator import StoryGenerator
+from storyanchors.lora import LoraSettings, add_lora, save_lora
 from storyanchors.model_folder import save_story_model
 from storyanchors.story import Event, Story
 
@@ -227,9 +229,11 @@ def test_an_operation_draws_its_frames_and_no_others(shared, project, operation)
 
 
 def test_an_operation_can_begin_a_new_project_instead(shared, project, tmp_path):
+    change(project, "infill=2", "seed=2")
     before = shown(project), records(project)
     change(project, "delete=1", f"out={tmp_path}/other")
-    change(project, "infill=1", f"out={tmp_path}/another", "seed=3")
+    result = change(project, "infill=1", f"out={tmp_path}/another", "seed=3")
+    assert f"{tmp_path}/another: version 2, redraw frame 1\n" in result.stdout
     assert (shown(project), records(project)) == before
     assert frames_of(tmp_path / "other") == frames_of(project)[1:]
     assert frames_of(tmp_path / "another")[1:] == frames_of(project)[1:]
@@ -247,6 +251,17 @@ def test_what_the_project_was_drawn_with_is_what_it_goes_on_with(shared, project
     conditions = [[record["conditions"][name] for name in names] for record in (first, second, third)]
     assert conditions == [[None, None, None], [24, 69, None], [24, 139, None]]
     assert [record["settings"]["num_steps"] for record in (first, second, third)] == [2, 2, 3]
+
+
+def test_the_adapter_that_drew_a_project_goes_on_with_it(shared, project, tmp_path):
+    adapted = StoryGenerator.from_pretrained(shared / "model").dit
+    add_lora(adapted, LoraSettings(rank=2))
+    save_lora(adapted, tmp_path / "adapter")
+    change(project, "infill=2", f"lora={tmp_path}/adapter")
+    change(project, "infill=3")
+    change(project, "infill=4", f"weights={shared}/model")
+    loras = [line["record"].get("lora") for line in records(project)]
+    assert loras == [None, f"{tmp_path}/adapter", f"{tmp_path}/adapter", None]
 
 
 def test_what_was_done_can_be_seen_and_taken_back(project):
