@@ -16,7 +16,7 @@ from pathlib import Path
 from PIL import Image
 
 from infer.film.gap import Gap
-from infer.frame_folder import as_png, find_frames
+from infer.frame_folder import as_png
 from storyanchors.output_folder import output_folder
 
 GAPS_FOLDER, FRAMES_FOLDER = "gaps", "frames"
@@ -30,17 +30,16 @@ class FilmParts:
         self.folder, self.settings = folder, settings
 
     def find_gap(self, gap: Gap) -> list[Path] | None:
-        """The gap's frames in order, or None where they have not been drawn with these settings."""
-        if not self.settings["frame_interval"]:
-            return []
-        folder = self._gap_folder(gap)
-        return [path for _, path in sorted(find_frames(folder).items())] if folder.is_dir() else None
+        """The gap's frames in order, or None where not all are there as these settings draw them."""
+        folder, num_frames = self._gap_folder(gap), self.settings["frame_interval"]
+        paths = [folder / _frame_name(number) for number in range(1, num_frames + 1)]
+        return paths if all(path.is_file() for path in paths) else None
 
     def write_gap(self, gap: Gap, frames: Sequence[Image.Image]) -> None:
         """All frames of a gap, or none of them."""
         with output_folder(self._gap_folder(gap), made_with=GAP_FILE) as folder:
             for number, frame in enumerate(frames, start=1):
-                frame.save(folder / f"{number:03d}.png")
+                frame.save(folder / _frame_name(number))
             _write_json(folder / GAP_FILE, self._facts(gap))
 
     def write_film(self, anchors: Sequence[Path], gaps: Sequence[Gap], record: dict) -> list[Path]:
@@ -75,6 +74,10 @@ class FilmParts:
             for anchor in (gap.first, gap.last)
         ]
         return {**self.settings, "anchors": anchors, "story": gap.story.to_dict()}
+
+
+def _frame_name(number: int) -> str:
+    return f"{number:03d}.png"
 
 
 def _link(path: Path, link: Path) -> None:

@@ -124,6 +124,9 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path):
     assert draw.calls == 4  # the gap before the changed frame
     film(anchors, STORY, tmp_path / "film.mp4", draw, settings={"interpolator": "blend", "seed": 1})
     assert draw.calls == 7
+    next((tmp_path / "film.parts" / "gaps").glob("*/002.png")).unlink()
+    parts = film(anchors, STORY, tmp_path / "film.mp4", draw, settings={"interpolator": "blend", "seed": 1})
+    assert draw.calls == 8 and len(list((parts / "frames").glob("*.png"))) == 16
 
 
 def test_an_edited_story_draws_only_the_gaps_beside_the_edit(tmp_path):
