@@ -6,8 +6,8 @@ The world's dense mode says what happens between two story frames: subjects move
 next frame shows another event, the film cuts at its last step. For each gap and way to fill it: how far the
 subjects are from where they should be (RMSE of their centroids in pixels, of 64), the share of frames that
 show them at all, and the RMSE of the frames in RGB steps. A subject that is not seen counts where it was
-seen last. hold repeats the first anchor; blend is what has to be beaten. Gaps that are in --out are not drawn
-again. --picture shows the first gap of each kind.
+seen last. hold repeats the first anchor; blend is what has to be beaten. Gaps that are in --out, drawn by the
+same weights in the same dtype, are not drawn again. --picture shows the first gap of each kind.
 """
 
 import argparse
@@ -24,7 +24,9 @@ from tqdm import tqdm
 from infer.film import strides
 from infer.film.blend import blend_gap
 from infer.film.gap import Gap, gaps_between
+from infer.project.whole_files import write_whole
 from infer.score_story_world import HELD_OUT
+from infer.story_run import hash_weights
 from storyanchors.conditioning import ClipConditions
 from storyanchors.contact_sheet import draw_comparison
 from storyanchors.generator import StoryGenerator
@@ -66,11 +68,14 @@ def main() -> None:
         "blend": blend_gap,
         "story": partial(_draw_one, generator),
     }
-    results = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    made_from = {"weights_sha256": hash_weights(Path(arguments.weights)), "dtype": arguments.dtype}
+    record = json.loads(arguments.out.read_text()) if arguments.out.exists() else {}
+    results = record["gaps"] if record.get("made_from") == made_from else {}
     for index in tqdm(range(arguments.num_gaps), unit="gap"):
         if str(index) not in results:
             results[str(index)] = measure_gap(*held_out_gap(index), fills)
-            arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+            record = json.dumps({"made_from": made_from, "gaps": results}, indent=1)
+            write_whole(arguments.out, f"{record}\n".encode())
     print(f"{arguments.num_gaps} gaps of {FRAME_INTERVAL} frames, {arguments.weights}, {arguments.dtype}")
     print(format_results(list(results.values())[: arguments.num_gaps], list(fills)))
     if arguments.picture:
