@@ -110,8 +110,8 @@ def choose_model(config: InterpolateStoryConfig) -> tuple[DrawGap, dict]:
 
 def _story_model(config: InterpolateStoryConfig) -> tuple[DrawGap, dict]:
     sampler, folder = sampler_settings(config), Path(config.weights)
-    network = [path for path in (folder / "transformer", config.lora and Path(config.lora)) if path]
-    facts = {"weights": [read_story_model(folder), *map(hash_weights, network)], "dtype": config.dtype}
+    files = [folder, *([Path(config.lora)] if config.lora else [])]
+    facts = {"weights": [read_story_model(folder), *map(hash_weights, files)], "dtype": config.dtype}
     conditions = ClipConditions(config.fps, motion=config.motion)
     generator = cache(lambda: load_generator(config))
 
