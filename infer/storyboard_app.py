@@ -46,7 +46,7 @@ def main(config: StoryboardAppConfig) -> None:
 
 def open_board(config: StoryboardAppConfig) -> Board:
     """The board of the project, with its model loaded."""
-    folder, example = Path(config.project), Story.from_file(config.story)
+    folder, example = Path(config.project).absolute(), Story.from_file(config.story)
     if not is_project(folder):
         check_new_project(folder)
     generator = load_generator(config)

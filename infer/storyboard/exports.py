@@ -7,12 +7,14 @@ from pathlib import Path
 
 from infer.film.blend import blend_gap
 from infer.film.film import make_film as write_film
+from infer.project.unfinished import UNFINISHED
+from infer.project.whole_files import LOCK_FILE
 from infer.story_project import StoryProject
 from infer.storyboard.board import Board
 from storyanchors.contact_sheet import draw_contact_sheet
 
 FRAME_INTERVAL, FPS = 23, 24.0  # a story frame a second: to look through, not to hand in
-HIDDEN = {"unfinished", ".lock"}  # of a project's folder: nothing for another machine
+HIDDEN = {UNFINISHED, LOCK_FILE}  # of a project's folder: nothing for another machine
 
 
 def draw_sheet(board: Board) -> bytes:

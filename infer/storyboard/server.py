@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,12 @@ import uvicorn
 from fastapi import FastAPI
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 
+from infer.project.history import SHA256
+from infer.project.pictures import picture_path
 from infer.storyboard.board import Board
 from infer.storyboard.exports import draw_sheet, make_film, pack_project
 from infer.storyboard.page import build_page, theme
 
-OBJECT_NAME = re.compile(r"[0-9a-f]{64}\.png")
 STYLE_SHEET = Path(__file__).with_name("board.css")
 CLOSING_S = 1
 FOREVER = {"Cache-Control": "public, max-age=31536000, immutable"}  # pictures are named by their content
@@ -29,8 +29,8 @@ def build_app(board: Board) -> FastAPI:
 
     @app.get("/picture/{name}")
     def picture(name: str) -> Response:
-        path = board.desk.folder / "objects" / name
-        if not OBJECT_NAME.fullmatch(name) or not path.is_file():
+        path = picture_path(board.desk.folder, Path(name).stem)
+        if not SHA256.fullmatch(path.stem) or path.name != name or not path.is_file():
             return PlainTextResponse(f"no picture {name}", status_code=404)
         return FileResponse(path, headers=FOREVER)
 
