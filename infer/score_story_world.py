@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from conf.command import run
+from infer.project.whole_files import write_whole
 from infer.story_run import ModelConfig, hash_weights, load_generator, sampler_settings
 from storyanchors.conditioning import ClipConditions
 from storyanchors.generator import StoryGenerator, StoryRequest
@@ -67,7 +68,7 @@ def main(config: ScoreStoryWorldConfig) -> None:
     print(format_table(scores))
     if config.out:
         record = {**asdict(config), "weights_sha256": hash_weights(Path(config.weights)), "scores": scores}
-        _write_whole(Path(config.out), json.dumps(record, indent=2) + "\n")
+        write_whole(Path(config.out), f"{json.dumps(record, indent=2)}\n".encode())
 
 
 def given_numbers(mode: str, num_frames: int, index: int) -> set[int]:
@@ -123,12 +124,6 @@ def format_table(columns: dict[str, dict[str, float]]) -> str:
         numbers = "".join(f"{columns[title][name]:>{width}.3f}" for title, width in widths.items())
         lines.append(f"{name:<{first}}{numbers}")
     return "\n".join(lines)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":
