@@ -91,7 +91,7 @@ def build_page(board: Board) -> gr.Blocks:
 
             def handler(seen_values, *values):
                 try:
-                    if of_focus:
+                    if of_focus and seen_values:  # None: the server began anew, nothing is chosen
                         board.check_focus(*(what for what, _ in seen_values[-2:]))
                     action(*values)
                 except (ValueError, OSError) as error:
