@@ -1,6 +1,6 @@
 """A film as H.264 in an mp4 that players play: chapters, title, comment, a keyframe at every anchor.
 
-The one file of infer/ that needs PyAV (extra `film`).
+The one file of infer/ that needs PyAV (extra `video`).
 """
 
 from collections.abc import Collection, Iterable
@@ -17,7 +17,9 @@ from PIL import Image
 
 from storyanchors.story import Story
 
-CRF = "14"  # x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more
+# x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more. One thread: with
+# several, two films of the same frames differed once on a busy machine.
+X264 = {"crf": "14", "threads": "1"}
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def write_mp4(
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
+            stream = container.add_stream("libx264", rate=rate, options=X264)
             stream.width, stream.height = (side + side % 2 for side in size)
             stream.pix_fmt = "yuv420p"
             codec = stream.codec_context
