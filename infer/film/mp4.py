@@ -17,8 +17,8 @@ from PIL import Image
 
 from storyanchors.story import Story
 
-# x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more. One thread: with
-# several, two films of the same frames differed once on a busy machine.
+# x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more. One thread:
+# with several, two films of the same frames differed once on a busy machine.
 X264 = {"crf": "14", "threads": "1"}
 
 
