@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from infer.frame_folder import decode_frame
-from infer.project.history import HEADER, Version, read_history
+from infer.project.history import HEADER, Version, given_pictures, read_history
 from infer.project.pictures import (
     OBJECTS,
     picture_path,
@@ -40,6 +40,7 @@ from infer.project.whole_files import (
     LOCK_FILE,
     Busy,
     append_line,
+    end_last_line,
     locked,
     read_lines,
     sha256,
@@ -51,6 +52,7 @@ from storyanchors.story import Story
 from storyanchors.story_edit import StoryEdit, replace_story
 
 HISTORY_FILE = "history.jsonl"
+RESTORE = "python infer/restore_story.py"
 BEGUN = {OBJECTS, UNFINISHED, LOCK_FILE}  # what a project holds that has no version yet
 
 
@@ -93,8 +95,8 @@ class StoryProject:
         """The project in a folder, mended where a killed process left something half done.
 
         ValueError where story.yaml or frames were changed by hand, naming them; by_hand="adopt" makes a new
-        version of them, by_hand="discard" throws the changes away. While another process changes the
-        project, it is opened as it was before.
+        version of them, by_hand="discard" throws the changes away, by_hand="leave" leaves the
+        folder as it is. While another process changes the project, it is opened as it was before.
         """
         folder = Path(folder)
         if not is_project(folder):
@@ -111,18 +113,28 @@ class StoryProject:
         return project
 
     @classmethod
-    def _begin(cls, folder: Path, versions: list[Version], contents: Collection[bytes]) -> "StoryProject":
+    def _begin(
+        cls,
+        folder: Path,
+        versions: list[Version],
+        contents: Collection[bytes],
+        lock: Collection[str] = (),
+    ) -> "StoryProject":
         check_new_project(folder)
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with locked(folder, "beginning it"):
                 check_new_project(folder)
                 store_pictures(folder, contents)
-                lines = [HEADER, *(json.dumps(version.to_line()).encode() for version in versions)]
+                lines = [version.to_line() for version in versions]
+                if lock:
+                    lines.append(_lock_line("lock", lock))
+                lines = [HEADER, *(json.dumps(line).encode() for line in lines)]
                 write_whole(folder / HISTORY_FILE, b"\n".join(lines) + b"\n")
                 forget_unfinished(folder)
         finally:
-            forget_beginning(folder)
+            forget_beginning(folder, is_new)
         return cls.open(folder)
 
     # What it is
@@ -168,7 +180,7 @@ class StoryProject:
 
         drawn has the frames of edit.drawn(), those that are files count as given; kept frames stay the same
         files. Whole or not at all: after a kill or on a full disk the project is what it was, or what it
-        should become.
+        should become. An edit that draws nothing and changes nothing makes no version.
         """
         with self.exclusive("a new version"):
             self.check_untouched()
@@ -207,6 +219,12 @@ class StoryProject:
             n for n, content in enumerate(self.present.frames, start=1) if content in self._history.locked
         }
 
+    @property
+    def given(self) -> set[int]:
+        """Numbers of the frames that came from files outside, in whichever version."""
+        pictures = given_pictures(self._history.versions)
+        return {n for n, content in enumerate(self.present.frames, start=1) if content in pictures}
+
     def lock(self, numbers: Collection[int]) -> None:
         """Locks frames; ValueError for a number outside."""
         self._append_lock("lock", numbers)
@@ -218,18 +236,26 @@ class StoryProject:
     def check_locks(self, edit: StoryEdit) -> None:
         """ValueError naming the locked frames that an edit of the present version would not keep."""
         if lost := sorted(self.locked - set(edit.kept.values())):
-            raise ValueError(f"{edit.what}: frames {lost} of {self.folder} are locked, unlock them first")
+            raise ValueError(
+                f"{edit.what}: frames {lost} of {self.folder} are locked, to unlock them: "
+                f"{RESTORE} project={self.folder} unlock={_typed(lost)}"
+            )
 
     def copy(
         self, folder: str | Path, edit: StoryEdit, drawn: Mapping[int, Image.Image | Path], record: dict
     ) -> "StoryProject":
-        """A new project whose first version is the present one, and whose second is the edit's."""
+        """A new project whose first version is the present one, and whose second is the edit's.
+
+        Locks come along; the edit may draw locked frames, for they stay in this project.
+        """
         what = f"version {self.version} of {self.folder}"
         given = {number: str(path) for number, path in self.frame_paths().items()}
-        first = replace(self.present, number=1, parent=None, kept={}, given=given, what=what)
+        record = {**self.present.record, "given_before": sorted(self.given)}
+        first = replace(self.present, number=1, parent=None, kept={}, given=given, what=what, record=record)
         second, contents = self._edited(edit, drawn, record)
         contents += [read_picture(self.folder, content) for content in self.present.frames]
-        return self._begin(Path(folder), [first, replace(second, number=2, parent=1)], contents)
+        lock = sorted(self._history.locked & set(self.present.frames))
+        return self._begin(Path(folder), [first, replace(second, number=2, parent=1)], contents, lock)
 
     @contextmanager
     def exclusive(self, what: str) -> Iterator[None]:
@@ -256,7 +282,9 @@ class StoryProject:
         _check_inside(numbers, self.num_frames, verb)
         pictures = sorted({self.present.frames[number - 1] for number in numbers})
         with self.exclusive(verb):
-            self._append({"lock": [], "unlock": [], verb: pictures, "time": _now()})
+            self._append(_lock_line(verb, pictures))
+            if not self.changed_by_hand():
+                self._show()
 
     def _move(self, move: str, to: list[int]) -> int:
         if not to:
@@ -269,6 +297,9 @@ class StoryProject:
 
     def _add(self, edit: StoryEdit, drawn: Mapping[int, Image.Image | Path], record: dict) -> int:
         version, contents = self._edited(edit, drawn, record)
+        if not drawn and (version.story, version.frames) == (self.story, self.present.frames):
+            self._show()
+            return self.version
         store_pictures(self.folder, contents)
         self._append(version.to_line())
         forget_unfinished(self.folder)
@@ -294,9 +325,13 @@ class StoryProject:
 
     def _mend(self, by_hand: str) -> None:
         """Takes away what a killed process left, and shows the present version."""
+        if by_hand == "refuse":
+            self.check_untouched()
+        if by_hand == "leave" and self.changed_by_hand():
+            return
         history = self.folder / HISTORY_FILE
-        if history.stat().st_size > self._end:  # a line that was not finished
-            os.truncate(history, self._end)
+        end_last_line(history, self._end)
+        self._load()
         known = {content for version in self._history.versions for content in version.frames}
         for name in (HISTORY_FILE, STORY_FILE, SHEET, SHOWN_FILE):
             temporary_of(self.folder / name).unlink(missing_ok=True)
@@ -306,25 +341,27 @@ class StoryProject:
         remove_unknown_pictures(self.folder, known)
         if by_hand == "adopt":
             self._adopt()
-        elif by_hand == "refuse":
-            self.check_untouched()
         self._show()
 
-    def _changed(self) -> list[str]:
+    def changed_by_hand(self) -> list[str]:
+        """Paths inside the project of what was changed by hand in story.yaml and frames/."""
         return changed_by_hand(self.folder, self.present, self._history.versions)
 
     def check_untouched(self) -> None:
         """ValueError naming the files of story.yaml and frames/ that were changed by hand."""
-        if changed := self._changed():
+        if changed := self.changed_by_hand():
             raise ValueError(
                 f"{', '.join(changed)} of {self.folder} changed by hand: "
-                f"restore_story.py project={self.folder} by_hand=adopt makes a version of it, "
+                f"{RESTORE} project={self.folder} by_hand=adopt makes a version of it, "
                 "by_hand=discard throws it away"
             )
 
     def _adopt(self) -> None:
-        """A new version of what stands in story.yaml and frames/; missing frames are the present ones."""
-        if not (changed := self._changed()):
+        """A new version of what stands in story.yaml and frames/; missing frames are the present ones.
+
+        ValueError naming the locked frames that were changed or that the story has no more.
+        """
+        if not (changed := self.changed_by_hand()):
             return
         path = self.folder / STORY_FILE
         story = Story.from_file(path) if path.is_file() else self.story
@@ -342,11 +379,12 @@ class StoryProject:
             else:
                 given[number] = path
         edit = replace(replace_story(self.story, story, kept), what=f"by hand: {', '.join(changed)}")
+        self.check_locks(edit)
         self._add(edit, given, {})
 
     def _show(self) -> None:
         try:
-            write_views(self.folder, self.present, self._read_number)
+            write_views(self.folder, self.present, self._read_number, self.given, self.locked)
         except OSError as error:
             raise OSError(
                 f"version {self.version} is kept, but not shown yet ({error}); "
@@ -390,16 +428,29 @@ def _check_inside(numbers: Collection[int], num_frames: int, verb: str) -> None:
         raise ValueError(f"{verb} {outside}: the story has frames 1 to {num_frames}")
 
 
-def forget_beginning(folder: Path) -> None:
-    """Takes away what is left of a project that could not begin; unfinished windows stay."""
+def forget_beginning(folder: Path, is_new: bool) -> None:
+    """Takes away what is left of a project that could not begin; unfinished windows stay.
+
+    An empty folder is taken away where is_new: it was not there before.
+    """
     with suppress(OSError, Busy), locked(folder, "leaving it"):
         if not is_project(folder):
             remove_unknown_pictures(folder, set())
             (folder / OBJECTS).rmdir()
     with suppress(OSError):
         if {path.name for path in folder.iterdir()} <= {LOCK_FILE}:
-            (folder / LOCK_FILE).unlink()
-            folder.rmdir()
+            (folder / LOCK_FILE).unlink(missing_ok=True)
+            if is_new:
+                folder.rmdir()
+
+
+def _lock_line(verb: str, pictures: Collection[str]) -> dict:
+    return {"lock": [], "unlock": [], verb: list(pictures), "time": _now()}
+
+
+def _typed(numbers: Collection[int]) -> str:
+    """As an argument says them."""
+    return f"[{','.join(map(str, sorted(numbers)))}]"
 
 
 def _now() -> str:

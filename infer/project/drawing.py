@@ -89,12 +89,13 @@ def _held(project: StoryProject | Path, home: Path, edit: StoryEdit) -> Iterator
             yield
         return
     check_new_project(home)
+    is_new = not home.exists()
     home.mkdir(parents=True, exist_ok=True)
     try:
         with locked(home, edit.what):
             yield
     finally:
-        forget_beginning(home)
+        forget_beginning(home, is_new)
 
 
 def _known_frames(

@@ -6,6 +6,7 @@ restore), pictures locked or unlocked. Nothing is ever taken out, so every versi
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +79,18 @@ class Version:
             record=line["record"],
             time=line["time"],
         )
+
+
+def given_pictures(versions: Collection[Version]) -> set[str]:
+    """SHA-256 of the pictures that came from files outside.
+
+    The frames that a copy took from its original did so where they were given there.
+    """
+    return {
+        version.frames[number - 1]
+        for version in versions
+        for number in version.record.get("given_before", version.given)
+    }
 
 
 @dataclass

@@ -1,7 +1,8 @@
 """What a story project shows of its present version: story.yaml, frames/001.png, ... and contact_sheet.png.
 
-.shown says which version the files show, and is there only while they show it completely. So what a killed
-process left half-written (of some version, without .shown) is told from what a person changed.
+.shown says which version the files show, and behind its number which frames are marked as locked; it is
+there only while they show it completely. So what a killed process left half-written (of some version, without
+.shown) is told from what a person changed.
 """
 
 import re
@@ -38,16 +39,26 @@ def changed_by_hand(folder: Path, version: Version, versions: Collection[Version
     """Paths inside the project of files that show neither the present version nor, half-written, another."""
     expected, found = shown_by(version), _found(folder)
     changed = [name for name, content in found.items() if expected.get(name) != content]
-    if changed and not _is_shown(folder, version):
+    if changed and _shown(folder).split()[:1] != [str(version.number)]:
         known = {content for any_version in versions for content in shown_by(any_version).values()}
         changed = [name for name in changed if found[name] not in known]
     return sorted(changed)
 
 
-def write_views(folder: Path, version: Version, read: Callable[[int], bytes]) -> None:
-    """Makes the files show the version; read gives a frame's PNG by its number. Whole ones are left alone."""
+def write_views(
+    folder: Path,
+    version: Version,
+    read: Callable[[int], bytes],
+    given: Collection[int],
+    locked: Collection[int],
+) -> None:
+    """Makes the files show the version; read gives a frame's PNG by its number. Whole ones are left alone.
+
+    The contact sheet marks the frames that are given and those that are locked.
+    """
     expected, found = shown_by(version), _found(folder)
-    if found == expected and _is_shown(folder, version) and (folder / SHEET).is_file():
+    shown = " ".join(map(str, [version.number, *sorted(locked)]))
+    if found == expected and _shown(folder) == shown and (folder / SHEET).is_file():
         return
     (folder / SHOWN_FILE).unlink(missing_ok=True)
     (folder / FRAMES).mkdir(exist_ok=True)
@@ -61,14 +72,15 @@ def write_views(folder: Path, version: Version, read: Callable[[int], bytes]) ->
     for name in found.keys() - expected.keys():
         (folder / name).unlink()
     frames = [decode_frame(content, frame_name(number)) for number, content in contents.items()]
-    held = {*version.kept, *version.given}
-    write_whole(folder / SHEET, as_png(draw_contact_sheet(frames, version.story, given=held)))
-    write_whole(folder / SHOWN_FILE, f"{version.number}\n".encode())
+    sheet = draw_contact_sheet(frames, version.story, given=given, locked=locked)
+    write_whole(folder / SHEET, as_png(sheet))
+    write_whole(folder / SHOWN_FILE, f"{shown}\n".encode())
 
 
-def _is_shown(folder: Path, version: Version) -> bool:
-    shown = folder / SHOWN_FILE
-    return shown.is_file() and shown.read_text(errors="replace").strip() == str(version.number)
+def _shown(folder: Path) -> str:
+    """Which version, and of it which locked frames, the files show completely."""
+    path = folder / SHOWN_FILE
+    return path.read_text(errors="replace").strip() if path.is_file() else ""
 
 
 def _found(folder: Path) -> dict[str, str]:

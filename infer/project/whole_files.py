@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import threading
 import time
@@ -51,10 +52,11 @@ def append_line(path: Path, line: bytes, end: int) -> None:
     end is where the complete lines end, as read_lines says: a torn one behind it is dropped.
     """
     whole = False
-    with path.open("ab", buffering=0) as file:
+    with path.open("a+b", buffering=0) as file:
         file.truncate(end)
+        unended = end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n"
         try:
-            _write_all(file, line + b"\n")
+            _write_all(file, b"\n" * unended + line + b"\n")
             whole = True
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror}") from error
@@ -64,10 +66,32 @@ def append_line(path: Path, line: bytes, end: int) -> None:
 
 
 def read_lines(path: Path) -> tuple[list[bytes], int]:
-    """The complete lines of a file, and the bytes they take: less than the file where its end is torn."""
+    """The complete lines of JSON in a file, and the bytes they take: less than all where its end is torn.
+
+    A last line that is JSON is complete; an editor took away the end of it.
+    """
     content = path.read_bytes()
     end = content.rfind(b"\n") + 1
+    if _is_json(content[end:]):
+        end = len(content)
     return content[:end].splitlines(), end
+
+
+def end_last_line(path: Path, end: int) -> None:
+    """Makes a file end where its complete lines do, as read_lines says, and the last one as lines end."""
+    with path.open("r+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END) > end:
+            file.truncate(end)
+        elif end > 0 and os.pread(file.fileno(), 1, end - 1) != b"\n":
+            _write_all(file, b"\n")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 @contextmanager

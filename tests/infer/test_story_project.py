@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infer.project.drawing import _held
 from infer.project.whole_files import Busy, sha256
 from infer.story_project import StoryProject
+from storyanchors.contact_sheet import GIVEN, LOCKED
 from storyanchors.story import Event, Story
 from storyanchors.story_edit import (
     StoryEdit,
     delete_frames,
     edit_frames,
     insert_event,
+    keep_frames,
     redraw_frames,
     replace_story,
 )
@@ -176,6 +179,15 @@ def test_frames_that_do_not_fit_leave_nothing(project, tmp_path):
     check_whole(project.folder)
 
 
+def test_an_empty_folder_of_a_person_stays(tmp_path):
+    for folder in (tmp_path / "mine", tmp_path / "new"):
+        if folder.name == "mine":
+            folder.mkdir()
+        with pytest.raises(ValueError, match="cannot begin"), _held(folder, folder, keep_frames(STORY, [])):
+            raise ValueError("cannot begin")
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
 def test_a_folder_that_holds_something_else_is_refused(project, tmp_path):
     (tmp_path / "diary").mkdir()
     (tmp_path / "diary" / "mine.txt").write_text("mine")
@@ -228,6 +240,59 @@ def test_what_was_changed_by_hand_can_be_adopted(project):
     check_whole(project.folder)
     adopted.undo()
     assert adopted.story == STORY and StoryProject.open(project.folder, by_hand="adopt").version == 1
+
+
+def test_adopting_refuses_locked_frames_by_name(project):
+    project.lock([1, 2])
+    picture(77).save(project.folder / "frames" / "002.png")
+    with pytest.raises(ValueError, match=r"frames \[2\] of .* are locked.*restore_story.py .* unlock=\[2\]"):
+        StoryProject.open(project.folder, by_hand="adopt")
+    assert Image.open(project.folder / "frames" / "002.png").tobytes() == picture(77).tobytes()
+    StoryProject.open(project.folder, by_hand="leave").unlock([2])
+    adopted = StoryProject.open(project.folder, by_hand="adopt")
+    assert adopted.version == 2 and adopted.locked == {1} and adopted.given == {2}
+    Story([Event(1, 1, "A fox swims.")]).to_file(project.folder / "story.yaml")
+    for number in (2, 3):
+        (project.folder / "frames" / f"{number:03d}.png").unlink()
+    adopted.lock([3])
+    with pytest.raises(ValueError, match=r"frames \[3\] of .* are locked"):
+        StoryProject.open(project.folder, by_hand="adopt")
+
+
+def test_what_changes_nothing_makes_no_version(project):
+    edit = replace_story(project.story, STORY, [1, 2, 3])
+    assert project.commit(edit, {}, {}) == 1 and len(project.history) == 1
+    story = project.folder / "story.yaml"
+    story.write_text("# mine\n" + story.read_text())
+    assert StoryProject.open(project.folder, by_hand="adopt").version == 1
+    check_whole(project.folder)
+
+
+def test_the_sheet_marks_what_came_from_outside_and_what_is_locked(project, tmp_path):
+    sheet = project.folder / "contact_sheet.png"
+    colours = lambda: {c for _, c in Image.open(sheet).getcolors(2**20)} & {GIVEN, LOCKED}  # noqa: E731
+    edit = redraw_frames(project.story, [2])
+    project.commit(edit, drawn(edit, 1), RECORD)
+    assert colours() == set()
+    project.lock([1])
+    assert colours() == {LOCKED}
+    picture(5).save(tmp_path / "mine.png")
+    edit = redraw_frames(project.story, [3])
+    project.commit(edit, {3: tmp_path / "mine.png"}, {})
+    project.unlock([1])
+    edit = redraw_frames(project.story, [2])
+    project.commit(edit, drawn(edit, 2), RECORD)
+    assert project.given == {3} and colours() == {GIVEN}
+    assert project.copy(tmp_path / "copy", edit, drawn(edit, 3), RECORD).given == {3}
+
+
+def test_locks_come_along_into_a_copy(project, tmp_path):
+    project.lock([1, 2])
+    edit = redraw_frames(project.story, [2])
+    other = project.copy(tmp_path / "other", edit, drawn(edit, 1), RECORD)
+    assert other.locked == {1}
+    other.undo()
+    assert check_whole(other.folder).locked == {1, 2}
 
 
 def test_what_has_no_place_in_the_story_is_not_thrown_away_by_adopting(project):
@@ -462,6 +527,30 @@ def test_a_line_that_was_not_finished_is_dropped(project):
         file.write(b'{"version": 2, "par')
     project.lock([1])
     assert check_whole(project.folder).locked == {1}
+
+
+def test_a_last_line_whose_end_an_editor_took_is_whole(project):
+    edit = redraw_frames(project.story, [2])
+    project.commit(edit, drawn(edit, 1), RECORD)
+    history = project.folder / "history.jsonl"
+    whole = history.read_bytes()
+    history.write_bytes(whole[:-1])
+    assert check_whole(project.folder).version == 2 and history.read_bytes() == whole
+    opened = StoryProject.open(project.folder)
+    history.write_bytes(whole[:-1])
+    StoryProject(project.folder).lock([1])
+    assert check_whole(project.folder).locked == {1} and opened.version == 2
+
+
+def test_nothing_is_removed_where_hands_changed_something(project):
+    edit = redraw_frames(project.story, [2])
+    project.commit(edit, drawn(edit, 1), RECORD)
+    history, path = project.folder / "history.jsonl", project.frame_paths()[2]
+    history.write_bytes(history.read_bytes()[:-9])  # damaged: the line is torn, but frames/ shows it
+    damaged = history.read_bytes()
+    with pytest.raises(ValueError, match=r"frames/002\.png of .* changed by hand"):
+        StoryProject.open(project.folder)
+    assert path.exists() and history.read_bytes() == damaged
 
 
 # A full disk
