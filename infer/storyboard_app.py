@@ -19,7 +19,9 @@ from infer.story_project import check_new_project, is_project
 from infer.story_run import ModelConfig, describe_model, load_generator, sampler_settings
 from infer.storyboard.artist import Artist
 from infer.storyboard.board import Board
+from infer.storyboard.port import check_port
 from storyanchors.conditioning import ClipConditions
+from storyanchors.model_folder import read_story_model
 from storyanchors.story import Story
 
 
@@ -37,9 +39,11 @@ class StoryboardAppConfig(ModelConfig):
 def main(config: StoryboardAppConfig) -> None:
     if missing := [name for name in ("gradio", "av") if find_spec(name) is None]:
         raise ValueError(f"the storyboard needs {' and '.join(missing)}: pip install -e '.[app]'")
+    check_port(config.host, config.port)
+    board = open_board(config)
     from infer.storyboard.server import build_app, start_server  # Gradio takes seconds to load, --help none
 
-    server = start_server(build_app(open_board(config)), config.host, config.port)
+    server = start_server(build_app(board), config.host, config.port)
     print(f"{config.project} is on http://{config.host}:{config.port}, until Ctrl-C", flush=True)
     server.run()
 
@@ -49,6 +53,8 @@ def open_board(config: StoryboardAppConfig) -> Board:
     folder, example = Path(config.project).absolute(), Story.from_file(config.story)
     if not is_project(folder):
         check_new_project(folder)
+    read_story_model(config.weights)
+    print(f"loading {config.weights} ...", flush=True)
     generator = load_generator(config)
     settings = DrawSettings(
         sampler_settings(config),

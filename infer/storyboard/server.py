@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import quote
@@ -17,6 +16,7 @@ from infer.project.pictures import picture_path
 from infer.storyboard.board import Board
 from infer.storyboard.exports import draw_sheet, make_film, pack_project
 from infer.storyboard.page import build_page, theme
+from infer.storyboard.port import check_port
 
 STYLE_SHEET = Path(__file__).with_name("board.css")
 CLOSING_S = 1
@@ -67,14 +67,7 @@ def _attachment(name: str) -> str:
 
 def start_server(app: FastAPI, host: str, port: int) -> uvicorn.Server:
     """A server whose run() serves the app until Ctrl-C; OSError where the port is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
-        free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            free.bind((host, port))
-        except OSError as error:
-            raise OSError(
-                f"cannot serve on {host}, port {port}: {error.strerror}; choose another port="
-            ) from error
+    check_port(host, port)
     config = uvicorn.Config(
         app,
         host=host,
