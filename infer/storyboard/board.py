@@ -6,14 +6,18 @@ closed, reloaded or opened twice changes nothing.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from infer.storyboard.artist import Artist
 from infer.storyboard.desk import Desk
 from infer.storyboard.draft import Draft, Texts
 from infer.storyboard.event_lines import event_lines, read_story
+from infer.storyboard.focus import Focus
+from infer.storyboard.known_words import knows_story_world_only, surprising_story, unknown_to_story_world
 from infer.storyboard.worker import Job
 from storyanchors.generator import SamplingStopped
 from storyanchors.story import Story
@@ -28,6 +32,8 @@ from storyanchors.story_edit import (
 )
 
 NUM_VARIANTS = 4
+MAX_NEW_FRAMES = 16
+HARDLY_DIFFERENT = 2.0  # mean difference of two drawings in RGB steps
 
 
 @dataclass
@@ -48,28 +54,28 @@ class Board:
         self.example, self.artist = example, artist
         self.message, self.is_error = "", False
         self.desk = Desk(folder, self.say, first_seed)
-        self.selected: int | None = None
-        self.place: int | None = None  # new frames go after this one
+        self.moves = 0  # how often frames were numbered anew
         self.choice: Choice | None = None
         self._draft = Draft(folder)
         if not self.desk.project:
             self.say("Write what happens, or take the example, and draw it.")
 
     def say(self, text: str, is_error: bool = False) -> None:
-        """The one line at the bottom of the page."""
+        """The one line at the bottom of the page, without the path that its reader does not know."""
+        text = text.replace(str(self.desk.folder), self.desk.folder.name)
         self.message, self.is_error = " ".join(text.split()), is_error
 
     # What a click does
 
-    def act(self, act: str, value: int) -> None:
-        """A click on what carries this data-act and data-value."""
+    def act(self, act: str, value: int, focus: Focus) -> None:
+        """A click on what carries this data-act and data-value, on the page of this focus."""
         if not isinstance(value, int):
             raise ValueError(f"a click on {act!r} carries a number, found {value!r}")
         acts: dict[str, Callable[[], None]] = {
-            "select": lambda: self._look_at(selected=value),
-            "place": lambda: self._look_at(place=value),
-            "story": lambda: self._look_at(),
-            "lock": lambda: self._lock(value),
+            "select": lambda: focus.look_at(self.moves, selected=value),
+            "place": lambda: focus.look_at(self.moves, place=value),
+            "story": lambda: focus.look_at(self.moves),
+            "lock": lambda: self._lock(value, focus),
             "choose": lambda: self._choose(value),
             "undo": lambda: self._move("undo"),
             "redo": lambda: self._move("redo"),
@@ -80,19 +86,18 @@ class Board:
             raise ValueError(f"unknown click {act!r}")
         acts[act]()
 
-    def place_after_selected(self) -> None:
+    def place_after_selected(self, focus: Focus) -> None:
         """Frames are to be inserted after the selected one."""
-        self._look_at(place=self._selected())
+        focus.look_at(self.moves, place=self._selected(focus))
 
-    def check_focus(self, selected: int | None, place: int | None) -> None:
-        """ValueError unless this is what is chosen: a click on a page that does not show it means another."""
-        if (selected, place) != (self.selected, self.place):
-            raise ValueError(
-                "another page chose something else meanwhile: now this one shows it, click again"
-            )
+    def keep_up(self, focus: Focus) -> None:
+        """A page whose numbers have become those of other frames looks at the story again."""
+        if focus.moves != self.moves:
+            focus.look_at(self.moves)
 
-    def _look_at(self, selected: int | None = None, place: int | None = None) -> None:
-        self.selected, self.place = selected, place
+    def _check_numbers(self, focus: Focus) -> None:
+        if focus.moves != self.moves:
+            raise ValueError("the frames got other numbers meanwhile: now this page shows them, click again")
 
     # The story
 
@@ -116,7 +121,17 @@ class Board:
         else:
             self._draft.keep(texts)
 
-    def draw_story(self, events: str, subjects: str, style: str) -> None:
+    def surprise(self, seed: int) -> None:
+        """Types a story that a story-world model knows all words of."""
+        story = surprising_story(seed)
+        self.keep_draft(event_lines(story), "; ".join(story.subjects), story.style)
+
+    @property
+    def knows_story_world_only(self) -> bool:
+        """Whether the model that draws here knows nothing else."""
+        return knows_story_world_only(self.artist.generator)
+
+    def draw_story(self, focus: Focus, events: str, subjects: str, style: str) -> None:
         """Draws the story as typed: all of a new one, else the frames whose text has changed."""
         story = read_story(events, subjects, style)
 
@@ -128,9 +143,9 @@ class Board:
                 raise ValueError("no frame's text has changed: re-roll single frames, or draw all anew")
             return replace_story(self.desk.project.story, story, keep)
 
-        self._draw("Drawing the story", edit, renumbers=True, typed=(events, subjects, style))
+        self._draw("Drawing the story", edit, focus, renumbers=True, typed=(events, subjects, style))
 
-    def draw_all_anew(self, events: str, subjects: str, style: str) -> None:
+    def draw_all_anew(self, focus: Focus, events: str, subjects: str, style: str) -> None:
         """Draws all frames that are not locked, from the story as typed."""
         story = read_story(events, subjects, style)
 
@@ -138,51 +153,77 @@ class Board:
             keep = self._locked_within(story) if self.desk.project else set()
             return replace_story(self.desk.project.story if self.desk.project else story, story, keep)
 
-        self._draw("Drawing all frames", edit, renumbers=True, typed=(events, subjects, style))
+        self._draw("Drawing all frames", edit, focus, renumbers=True, typed=(events, subjects, style))
 
     def _locked_within(self, story: Story) -> set[int]:
-        return {number for number in self.desk.project.locked if number <= story.num_frames}
+        """The locked frames; ValueError for a story that ends before one."""
+        locked, end = self.desk.project.locked, story.num_frames
+        if beyond := [number for number in sorted(locked) if number > end]:
+            raise ValueError(
+                f"frame {beyond[-1]} is locked, and your story ends at frame {end}: "
+                f"unlock it or write {beyond[-1]} frames"
+            )
+        return locked
 
     # One frame
 
-    def reroll(self) -> None:
+    def reroll(self, focus: Focus) -> None:
         """Another drawing of the selected frame from the same text."""
-        number = self._unlocked()
-        self._draw(f"Re-rolling frame {number}", lambda: redraw_frames(self.desk.project.story, [number]))
+        number = self._unlocked(focus)
+        edit = lambda: redraw_frames(self.desk.project.story, [number])  # noqa: E731
+        self._draw(f"Re-rolling frame {number}", edit, focus)
 
-    def edit(self, text: str) -> None:
+    def edit(self, focus: Focus, text: str) -> None:
         """The selected frame from another text."""
-        number = self._unlocked()
+        number = self._unlocked(focus)
+        if not text.strip():
+            raise ValueError(f"write first what happens in frame {number}")
         edit = lambda: edit_frames(self.desk.project.story, {number: text})  # noqa: E731
-        self._draw(f"Drawing frame {number} with its new text", edit)
+        self._draw(f"Drawing frame {number} with its new text", edit, focus)
 
-    def delete(self) -> None:
+    def delete(self, focus: Focus) -> None:
         """Takes the selected frame out."""
-        number = self._unlocked()
+        number = self._unlocked(focus)
+        if self.desk.project.num_frames == 1:
+            raise ValueError("this is the only frame, and a story has at least one")
         edit = lambda: delete_frames(self.desk.project.story, [number])  # noqa: E731
-        self._draw(f"Deleting frame {number}", edit, renumbers=True)
+        self._draw(f"Deleting frame {number}", edit, focus, renumbers=True)
 
-    def add_frames(self, text: str, count: int | None) -> None:
-        """New frames at the chosen place."""
-        if self.place is None:
+    def add_frames(self, focus: Focus, text: str, count: int | None) -> None:
+        """New frames at the chosen place; at the end they leave every frame its number."""
+        self._check_numbers(focus)
+        if focus.place is None or not self.desk.project:
             raise ValueError("choose a place for the new frames first")
-        place, count = self.place, int(count or 0)
+        if count is None or not 1 <= count <= MAX_NEW_FRAMES:
+            found = "none" if count is None else count
+            raise ValueError(f"1 to {MAX_NEW_FRAMES} new frames at once, found {found}")
+        if not text.strip():
+            raise ValueError("write first what happens in the new frames")
+        place, count = focus.place, int(count)
+        at_end = place >= self.desk.project.num_frames
+
+        def edit() -> StoryEdit:
+            story = self.desk.project.story
+            return insert_event(story, story.num_frames if at_end else place, text, count)
+
         what = f"Drawing {count} new frame{'s' * (count != 1)} after frame {place}"
-        edit = lambda: insert_event(self.desk.project.story, place, text, count)  # noqa: E731
-        self._draw(what, edit, renumbers=True)
+        self._draw(what, edit, focus, renumbers=not at_end)
 
-    def _selected(self) -> int:
-        if self.selected is None or not self.desk.project:
+    def _selected(self, focus: Focus) -> int:
+        self._check_numbers(focus)
+        if focus.selected is None or not self.desk.project:
             raise ValueError("choose a frame first")
-        return self.selected
+        return focus.selected
 
-    def _unlocked(self) -> int:
-        number = self._selected()
+    def _unlocked(self, focus: Focus) -> int:
+        number = self._selected(focus)
         if number in self.desk.project.locked:
             raise ValueError(f"frame {number} is locked: unlock it first")
         return number
 
-    def _lock(self, number: int) -> None:
+    def _lock(self, number: int, focus: Focus) -> None:
+        self._check_numbers(focus)
+
         def work(job: Job) -> str:
             locked = number in self.desk.project.locked
             (self.desk.project.unlock if locked else self.desk.project.lock)([number])
@@ -193,16 +234,16 @@ class Board:
     def _move(self, move: str) -> None:
         def work(job: Job) -> str:
             (self.desk.project.undo if move == "undo" else self.desk.project.redo)()
-            self._look_at()
+            self.moves += 1
             return self._what()
 
         self._submit(Job(move.capitalize(), work, renumbers=True))
 
     # Comparing
 
-    def compare(self) -> None:
+    def compare(self, focus: Focus) -> None:
         """Several drawings of the selected frame, to choose from."""
-        number = self._unlocked()
+        number = self._unlocked(focus)
 
         def work(job: Job) -> str:
             edit = redraw_frames(self.desk.project.story, [number])
@@ -212,6 +253,11 @@ class Board:
                 choice.drawn = self.artist.draw_variants(self.desk.project, edit, choice.seeds, job)
             finally:
                 self.choice = choice if choice.drawn else None
+            if _hardly_differ(choice.drawn):
+                return (
+                    f"{NUM_VARIANTS} drawings of frame {number} that hardly differ: "
+                    "the text and the other frames leave little open here."
+                )
             return f"{NUM_VARIANTS} drawings of frame {number}: choose one, or keep what is."
 
         self._submit(Job(f"Drawing {NUM_VARIANTS} versions of frame {number}", work))
@@ -248,28 +294,55 @@ class Board:
         self,
         what: str,
         make_edit: Callable[[], StoryEdit],
+        focus: Focus,
         *,
         renumbers: bool = False,
         typed: Texts | None = None,  # the whole story, where that is what is drawn
     ) -> None:
         def work(job: Job) -> str:
+            num_before = self.desk.project.num_frames if self.desk.project else 0
             edit = make_edit()
+            self._check_locks(edit)
             job.sketch = self.desk.sketch(edit)
-            if renumbers:
-                self._look_at(selected=None if typed else next(iter(edit.drawn()), None))
+            looked_at = {"selected": focus.selected, "place": focus.place}
+            moves = renumbers or edit.story.num_frames != num_before
+            if moves:
+                self.moves += renumbers
+                focus.look_at(self.moves, selected=None if typed else next(iter(edit.drawn()), None))
             [seed] = self.desk.new_seeds(1)
             try:
                 self.desk.project = self.artist.draw(self.desk.project or self.desk.folder, edit, seed, job)
-            except SamplingStopped:
-                self.desk.first_seed = (
-                    seed  # asked for again, the drawing goes on after the windows that are finished
-                )
+            except BaseException as error:
+                if moves:  # back again
+                    self.moves += renumbers
+                    focus.look_at(self.moves, **looked_at)
+                if isinstance(error, SamplingStopped):  # asked for again, it goes on after finished windows
+                    self.desk.first_seed = seed
                 raise
             if typed and typed == self._draft.read():  # nothing was typed since
                 self._draft.forget()
-            return self._what()
+            return self._told_of(edit, num_before if typed else 0)
 
         self._submit(Job(what, work, renumbers))
+
+    def _check_locks(self, edit: StoryEdit) -> None:
+        """Locks may have come while the click waited in the line."""
+        locked = self.desk.project.locked if self.desk.project else set()
+        if lost := sorted(locked - set(edit.kept.values())):
+            raise ValueError(f"frame {lost[0]} is locked: unlock it first")
+
+    def _told_of(self, edit: StoryEdit, num_before: int) -> str:
+        """The line after an edit."""
+        line, num_frames = self._what(), edit.story.num_frames
+        if num_frames < num_before:
+            became = f"{num_before} frames became {num_frames}"
+            line = f"Version {self.desk.project.version}: {became}. Undo brings them back"
+        unknown = unknown_to_story_world(edit.story) if edit.drawn() and self.knows_story_world_only else ""
+        return (
+            f"{line}. This model knows only the story world's sentences: {unknown}."
+            if unknown
+            else f"{line}."
+        )
 
     def _submit(self, job: Job) -> None:
         self.say("")
@@ -285,3 +358,9 @@ def _unchanged(before: Story, after: Story) -> set[int]:
         return set()
     told = zip(before.descriptions(), after.descriptions())
     return {number for number, (old, new) in enumerate(told, start=1) if old == new}
+
+
+def _hardly_differ(drawings: list[Image.Image]) -> bool:
+    """Whether no two are far apart."""
+    arrays = [np.asarray(drawing, dtype=np.float32) for drawing in drawings]
+    return all(np.abs(a - b).mean() < HARDLY_DIFFERENT for a, b in combinations(arrays, 2))

@@ -1,19 +1,48 @@
 """The board as HTML, pure functions of the view: header, frames, drawings to compare, heading, status line.
 
-What can be clicked carries data-act and data-value, see CLICKS.
+What can be clicked carries data-act and data-value, see CLICKS; PLAY shows the frames one after another.
 """
 
 from html import escape
 
+from infer.storyboard.known_words import SENTENCE, WORDS
 from infer.storyboard.view import BoardView, Card, Comparison, Variant
 from storyanchors.contact_sheet import EVENT_COLOURS
 
 CLICKS = """element.addEventListener('click', (event) => {
   const clicked = event.target.closest('[data-act]');
-  if (!clicked || clicked.disabled) return;
+  if (!clicked || clicked.disabled || clicked.dataset.act === 'play') return;
+  const goTo = (id) => document.getElementById(id).scrollIntoView({behavior: 'smooth'});
+  if (clicked.dataset.act === 'frames') return goTo('strip');
   trigger('act', {act: clicked.dataset.act, value: Number(clicked.dataset.value)});
-  if (['select', 'place'].includes(clicked.dataset.act) && window.innerWidth <= 760)
-    document.getElementById('side').scrollIntoView({behavior: 'smooth'});
+  if (['select', 'place'].includes(clicked.dataset.act) && window.innerWidth <= 760) goTo('side');
+});"""
+PLAY = """let screen, clock;
+const end = () => { clearInterval(clock); screen?.remove(); screen = undefined; };
+const play = () => {
+  const cards = [...document.querySelectorAll('#strip .card[data-number]:has(img)')];
+  if (!cards.length) return;
+  screen = document.createElement('div');
+  screen.id = 'screen';
+  screen.innerHTML = '<img alt=""><p></p>';
+  screen.addEventListener('click', end);
+  document.querySelector('.gradio-container').append(screen);
+  let index = 0;
+  const show = () => {
+    if (index === cards.length) return end();
+    const card = cards[index++];
+    screen.querySelector('img').src = card.querySelector('img').src;
+    screen.querySelector('p').textContent = card.querySelector('.caption').lastChild.textContent;
+  };
+  show();
+  clock = setInterval(show, 1000);
+};
+element.addEventListener('click', (event) => { if (event.target.closest('[data-act=play]')) play(); });
+document.addEventListener('keydown', (event) => {
+  if (event.key !== 'Escape') return;
+  if (screen) return end();
+  if (document.activeElement.matches('textarea, input')) return document.activeElement.blur();
+  document.querySelector('[data-act=story]')?.click();
 });"""
 _CLOSED = '<path d="M5 7V5a3 3 0 0 1 6 0v2M4 7h8v6H4z"/>'
 _OPEN = '<path d="M5 7V5a3 3 0 0 1 5.8-1M4 7h8v6H4z"/>'
@@ -23,10 +52,10 @@ def header_html(view: BoardView) -> str:
     """Name, version, undo and redo, and what can be taken away."""
     version = "nothing drawn yet"
     if view.version:
-        version = f"version {view.version} of {view.num_versions} &middot; {escape(view.what)}"
-    moves = _button("undo", "Undo", disabled=not view.can_undo) + _button(
-        "redo", "Redo", disabled=not view.can_redo
-    )
+        version = f"version {view.version} of {view.num_versions}"
+    undo = _button("undo", "Undo", disabled=view.moving or not view.can_undo)
+    redo = _button("redo", "Redo", disabled=view.moving or not view.can_redo)
+    play = _button("play", "Play") if view.version else ""
     links = (("export/sheet.png", "Sheet"), ("export/film.mp4", "Film"), ("export/project.zip", "Project"))
     exports = "".join(
         f'<a href="{href}" download title="Download the {text.lower()}">{text}</a>' for href, text in links
@@ -34,14 +63,14 @@ def header_html(view: BoardView) -> str:
     return (
         '<header class="board-header"><h1>story<b>anchors</b></h1>'
         f"<p><strong>{escape(view.name)}</strong>"
-        f'<span id="version" data-version="{view.version}">{version}</span></p>'
-        f"<nav>{moves}{f'<i></i>{exports}' if view.version else ''}</nav></header>"
+        f'<span id="version" data-version="{view.version}" title="{escape(view.what)}">{version}</span></p>'
+        f"<nav>{undo}{redo}{play}{f'<i></i>{exports}' if view.version else ''}</nav></header>"
     )
 
 
 def strip_html(view: BoardView) -> str:
     """A card per frame, and one to go on with."""
-    cards = "".join(_card(card, view.selected == card.number) for card in view.cards)
+    cards = "".join(_card(card, view.selected == card.number, view.moving) for card in view.cards)
     after = len(view.cards)
     placed = " is-selected" if view.place == after else ""
     more = (
@@ -52,18 +81,20 @@ def strip_html(view: BoardView) -> str:
     return f'<section class="strip" aria-label="Frames">{cards}{more if view.version else ""}</section>'
 
 
-def _card(card: Card, selected: bool) -> str:
+def _card(card: Card, selected: bool, moving: bool) -> str:
     states = {"is-selected": selected, "is-locked": card.locked, "is-drawing": card.drawing}
     classes = " ".join(["card", *(name for name, holds in states.items() if holds)])
     lock = _CLOSED if card.locked else _OPEN
     verb = "Unlock" if card.locked else "Lock"
+    disabled = " disabled" if moving else ""
     return (
         f'<article class="{classes}" data-number="{card.number}">'
         f'<button class="picture" data-act="select" data-value="{card.number}"'
         f' aria-pressed="{str(selected).lower()}" aria-label="Frame {card.number}">'
         f"{_picture(card.picture)}</button>"
         f'<span class="number">{card.number}</span>'
-        f'<button class="lock" data-act="lock" data-value="{card.number}" title="{verb} frame {card.number}"'
+        f'<button class="lock" data-act="lock" data-value="{card.number}"{disabled}'
+        f' title="{verb} frame {card.number}"'
         f' aria-label="{verb} frame {card.number}"><svg viewBox="0 0 16 16">{lock}</svg></button>'
         f'<p class="caption"><i style="background:{_colour(card.event)}">{card.numbers}</i>'
         f"{escape(card.text)}</p></article>"
@@ -78,7 +109,9 @@ def tray_html(comparison: Comparison | None) -> str:
         _variant(variant, index, comparison.ready) for index, variant in enumerate(comparison.variants)
     )
     title = "which one?" if comparison.ready else "four drawings are on their way"
-    return f'<section class="tray"><h2>Frame {comparison.number}: {title}</h2><div>{variants}</div></section>'
+    keep = _button("choose", "Keep what is")
+    head = f'<div class="panel-heading"><h2>Frame {comparison.number}: {title}</h2>{keep}</div>'
+    return f'<section class="tray">{head}<div class="variants">{variants}</div></section>'
 
 
 def _variant(variant: Variant, index: int, ready: bool) -> str:
@@ -94,9 +127,10 @@ def status_html(view: BoardView) -> str:
     progress = view.progress
     if progress:
         waiting = f" &middot; then {escape('; '.join(progress.waiting))}" if progress.waiting else ""
-        note = f"{escape(view.message)} &middot; " if view.is_error else ""
+        note = f'<div class="status is-error" role="alert"><p>{escape(view.message)}</p></div>'
         return (
-            f'<div class="status is-busy" role="status"><p>{note}{escape(progress.what)}{waiting}</p>'
+            f"{note if view.is_error else ''}"
+            f'<div class="status is-busy" role="status"><p>{escape(progress.what)}{waiting}</p>'
             f'<div class="bar"><div style="width:{100 * progress.share:.0f}%"></div></div>'
             f"{_button('cancel', 'Cancel')}</div>"
         )
@@ -106,14 +140,15 @@ def status_html(view: BoardView) -> str:
 
 def panel_html(view: BoardView) -> str:
     """The head of the panel at the side: what it is about, and the way back to the story."""
-    back = _button("story", "Story")
+    back = _button("frames", "Frames") + _button("story", "Story")
     if view.selected is not None:
         card = view.cards[view.selected - 1]
         title, note = f"Frame {card.number}", _FRAME_NOTES[card.drawing, card.locked]
+        unlock = _button("lock", "Unlock", card.number, disabled=view.moving) if card.locked else ""
         return (
             f'<div class="panel-heading"><h2>{title}</h2>{back}</div>'
             f'<div class="portrait">{_picture(card.picture)}</div>'
-            f'<div class="panel-heading"><p>{note}</p></div>'
+            f'<div class="panel-heading"><p>{note}</p>{unlock}</div>'
         )
     if view.place is not None:
         title = f"After frame {view.place}" if view.place < len(view.cards) else "Go on"
@@ -121,7 +156,8 @@ def panel_html(view: BoardView) -> str:
         return f'<div class="panel-heading"><h2>{title}</h2>{back}<p>{note}</p></div>'
     note = _STORY_NOTES[view.version > 0]
     forget = _button("forget", "Discard what is typed") if view.has_draft else ""
-    return f'<div class="panel-heading"><h2>The story</h2>{forget}<p>{note}</p></div>'
+    known = _KNOWN if view.story_world else ""
+    return f'<div class="panel-heading"><h2>The story</h2>{forget}<p>{note}</p>{known}</div>'
 
 
 _FRAME_NOTES = {  # (drawing, locked)
@@ -134,10 +170,15 @@ _STORY_NOTES = {
     False: "One line per event: the frames it covers, a colon, what happens.",
     True: "Change it and draw: only frames whose text changed are drawn. Locked frames stay.",
 }
+_KNOWN = (
+    f"<details><summary>This model knows the story world's sentences: <b>{SENTENCE}</b></summary><dl>"
+    + "".join(f"<dt>{word}</dt><dd>{', '.join(values)}</dd>" for word, values in WORDS.items())
+    + "</dl></details>"
+)
 
 
-def _button(act: str, text: str, *, disabled: bool = False) -> str:
-    return f'<button data-act="{act}" data-value="0"{" disabled" if disabled else ""}>{text}</button>'
+def _button(act: str, text: str, value: int = 0, *, disabled: bool = False) -> str:
+    return f'<button data-act="{act}" data-value="{value}"{" disabled" if disabled else ""}>{text}</button>'
 
 
 def _picture(url: str) -> str:

@@ -3,24 +3,28 @@
 from infer.storyboard.artist import as_url
 from infer.storyboard.board import Board
 from infer.storyboard.event_lines import frame_range
+from infer.storyboard.focus import Focus
 from infer.storyboard.view import BoardView, Card, Comparison, Progress, Variant
 from infer.storyboard.worker import Job, Sketch
 
 Field = tuple[int | None, str]  # what a field of the page is about, and its text
 
 
-def look(board: Board) -> tuple[BoardView, list[Field]]:
-    """The whole board and the fields of its forms; while something is drawn, the story as it will be.
+def look(board: Board, focus: Focus) -> tuple[BoardView, list[Field]]:
+    """The whole board on the page of this focus, and the fields of its forms.
+
+    While something is drawn, the story as it will be.
 
     A field is filled anew when what it is about or its text has changed; the last two are about the selected
     frame and about the place for new ones.
     """
+    board.keep_up(focus)
     jobs = board.desk.worker.jobs()
     sketch = jobs[0].sketch if jobs else None
     cards = _cards(sketch or _finished(board), jobs[0] if sketch else None)
     selected, place = (
         number if number is not None and number <= len(cards) else None
-        for number in (board.selected, board.place)
+        for number in (focus.selected, focus.place)
     )
     view = BoardView(
         name=board.desk.folder.name,
@@ -32,6 +36,8 @@ def look(board: Board) -> tuple[BoardView, list[Field]]:
         message=board.message,
         is_error=board.is_error,
         has_draft=board.has_draft(),
+        moving=any(job.renumbers for job in jobs),
+        story_world=board.knows_story_world_only,
         **_versions(board),
     )
     text = cards[selected - 1].text if selected else ""
@@ -50,11 +56,12 @@ def _cards(sketch: Sketch, job: Job | None) -> list[Card]:
     cards = []
     for number, texts in enumerate(sketch.story.descriptions(), start=1):
         covering = [event for event in sketch.story.events if event.first_frame <= number <= event.last_frame]
+        own = min(covering, key=lambda event: event.last_frame - event.first_frame)
         card = Card(
             number,
             " / ".join(texts),
-            sketch.story.events.index(covering[0]),
-            frame_range(covering[0]),
+            sketch.story.events.index(own),
+            frame_range(own),
             pictures.get(number, ""),
             locked=number in sketch.locked,
             drawing=job is not None and number not in sketch.pictures,

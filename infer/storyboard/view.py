@@ -9,7 +9,7 @@ class Card:
 
     number: int
     text: str
-    event: int  # index of its first event, which says its colour
+    event: int  # index of the narrowest event around it, which says its colour
     numbers: str  # of that event: "3-5"
     picture: str = ""
     locked: bool = False
@@ -60,3 +60,5 @@ class BoardView:
     can_undo: bool = False
     can_redo: bool = False
     has_draft: bool = False  # of the story's text
+    moving: bool = False  # frames may get other numbers: what names one waits
+    story_world: bool = False  # the model knows nothing else

@@ -18,7 +18,8 @@ from infer.storyboard.board import Board
 from infer.storyboard.cards import panel_html, status_html, strip_html, tray_html
 from infer.storyboard.event_lines import event_lines, read_story
 from infer.storyboard.exports import draw_sheet, make_film, pack_project
-from infer.storyboard.look import look
+from infer.storyboard.focus import Focus
+from infer.storyboard.look import look as look_on
 from infer.storyboard.worker import Job, Worker
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
@@ -65,20 +66,27 @@ def settle(board):
 @pytest.fixture
 def drawn(folder, generator):
     board = board_in(folder, generator)
-    board.draw_story(*TEXTS)
+    board.draw_story(Focus(), *TEXTS)
     settle(board)
     assert board.desk.project.version == 1, board.message
     return board
 
 
+def look(board, focus=None):
+    return look_on(board, focus or Focus())
+
+
+def on_frame(board, number):
+    """The focus of a page on which a person clicked on a frame."""
+    return Focus(number, None, board.moves)
+
+
 def do(board, action, *values, selected=None, place=None):
-    if selected:
-        board.act("select", selected)
-    if place is not None:
-        board.act("place", place)
-    action(*values)
+    """One click on a page that looks at this; the page's focus afterwards."""
+    focus = Focus(selected, place, board.moves)
+    action(*values, focus) if action == board.act else action(focus, *values)
     settle(board)
-    return board
+    return focus
 
 
 def files(board):
@@ -151,12 +159,13 @@ def test_locked_frames_are_shown_and_refused_by_name(drawn):
     do(drawn, drawn.act, "lock", 2)
     assert [card.locked for card in look(drawn)[0].cards] == [False, True, False, False]
     before = files(drawn)
-    drawn.act("select", 2)
     for action, values in ((drawn.reroll, ()), (drawn.edit, ("x",)), (drawn.delete, ()), (drawn.compare, ())):
         with pytest.raises(ValueError, match="frame 2 is locked"):
-            action(*values)
+            action(on_frame(drawn, 2), *values)
     do(drawn, drawn.draw_story, "1: a fox", "a fox", "ink")  # would drop it
-    assert drawn.is_error and "locked" in drawn.message and files(drawn) == before
+    assert drawn.is_error and files(drawn) == before
+    assert drawn.message == ("frame 2 is locked, and your story ends at frame 1: unlock it or write 2 frames")
+    assert "Unlock" in panel_html(look(drawn, on_frame(drawn, 2))[0])
     do(drawn, drawn.act, "lock", 2)
     do(drawn, drawn.reroll, selected=2)
     assert not drawn.is_error and differing(before, files(drawn)) == {2}
@@ -164,14 +173,14 @@ def test_locked_frames_are_shown_and_refused_by_name(drawn):
 
 def test_frames_are_inserted_at_the_end_taken_out_and_had_back(drawn):
     before = files(drawn)
-    do(drawn, drawn.add_frames, "rain", 2, place=1)
+    focus = do(drawn, drawn.add_frames, "rain", 2, place=1)
     assert [files(drawn)[n] for n in (0, 3, 4, 5)] == before
-    assert drawn.selected == 2 and look(drawn)[1][3] == (2, "rain")
+    assert focus.selected == 2 and look(drawn, focus)[1][3] == (2, "rain")
     do(drawn, drawn.add_frames, "the end", 1, place=6)
     assert drawn.desk.project.story.descriptions()[-1] == ("the end",)
     longest = files(drawn)
-    do(drawn, drawn.delete, selected=7)
-    assert files(drawn) == longest[:6] and drawn.selected is None
+    focus = do(drawn, drawn.delete, selected=7)
+    assert files(drawn) == longest[:6] and focus.selected is None
     for count in (6, 4):
         assert drawn.desk.project.can_undo
         do(drawn, drawn.act, "undo", 0)
@@ -201,7 +210,7 @@ def test_a_chosen_drawing_is_the_frame_and_what_its_seed_draws(drawn):
 
 def test_what_is_chosen_too_late_or_kept_changes_nothing(drawn):
     with pytest.raises(ValueError, match="nothing to choose from"):
-        drawn.act("choose", 1)
+        drawn.act("choose", 1, Focus())
     do(drawn, drawn.compare, selected=2)
     before = files(drawn)
     do(drawn, drawn.act, "choose", 0)
@@ -210,7 +219,7 @@ def test_what_is_chosen_too_late_or_kept_changes_nothing(drawn):
     do(drawn, drawn.reroll, selected=3)
     assert look(drawn)[0].comparison is None
     with pytest.raises(ValueError, match="nothing to choose from"):
-        drawn.act("choose", 1)
+        drawn.act("choose", 1, Focus())
 
 
 @contextmanager
@@ -226,8 +235,8 @@ def kept_waiting(board):
 def test_drawings_of_a_text_that_has_changed_by_then_are_not_taken(drawn):
     do(drawn, drawn.compare, selected=2)
     with kept_waiting(drawn):
-        drawn.edit("the fox sleeps")
-        drawn.act("choose", 1)
+        drawn.edit(on_frame(drawn, 2), "the fox sleeps")
+        drawn.act("choose", 1, Focus())
     assert drawn.is_error and "compare again" in drawn.message and drawn.desk.project.version == 2
 
 
@@ -235,37 +244,120 @@ def test_what_is_typed_while_a_story_is_drawn_stays(drawn):
     typed = (TEXTS[0].replace("dusk", "dawn"), "a fox", "ink")
     drawn.keep_draft(*typed)
     with kept_waiting(drawn):
-        drawn.draw_story(*typed)
+        drawn.draw_story(Focus(), *typed)
         drawn.keep_draft("1: something new", "", "")
     assert drawn.desk.project.version == 2 and drawn.texts()[0] == "1: something new"
 
 
 def test_a_click_means_the_frame_that_its_own_page_shows(drawn):
-    drawn.act("select", 2)
-    shown = [what for what, _ in look(drawn)[1][-2:]]
-    drawn.check_focus(*shown)
-    drawn.act("select", 3)  # on another page
-    with pytest.raises(ValueError, match="another page chose something else"):
-        drawn.check_focus(*shown)
+    before, mine, other = files(drawn), on_frame(drawn, 2), on_frame(drawn, 3)
+    drawn.act("select", 4, other)
+    drawn.reroll(mine)
+    settle(drawn)
+    assert differing(before, files(drawn)) == {2} and (mine.selected, other.selected) == (2, 4)
     with pytest.raises(ValueError, match="carries a number, found 'x'"):
-        drawn.act("select", "x")
-    assert drawn.selected == 3
+        drawn.act("select", "x", mine)
+
+
+def test_a_page_whose_frames_got_other_numbers_meanwhile_acts_on_none(drawn):
+    stale = on_frame(drawn, 2)
+    do(drawn, drawn.add_frames, "rain", 1, place=0)
+    before = files(drawn)
+    for action, values in ((drawn.reroll, ()), (drawn.delete, ()), (drawn.place_after_selected, ())):
+        with pytest.raises(ValueError, match="got other numbers meanwhile"):
+            action(stale, *values)
+    with pytest.raises(ValueError, match="got other numbers meanwhile"):
+        drawn.act("lock", 2, stale)
+    assert look(drawn, stale)[0].selected is None and files(drawn) == before
+
+
+@pytest.mark.parametrize(
+    "text, count, found",
+    [
+        ("rain", 99, "^1 to 16 new frames at once, found 99$"),
+        ("rain", 0, "^1 to 16 new frames at once, found 0$"),
+        ("rain", None, "^1 to 16 new frames at once, found none$"),
+        (" ", 1, "^write first what happens in the new frames$"),
+    ],
+)
+def test_new_frames_that_cannot_be_are_one_line(drawn, text, count, found):
+    with pytest.raises(ValueError, match=found):
+        drawn.add_frames(Focus(None, 1, drawn.moves), text, count)
+
+
+def test_frames_at_the_end_keep_nobody_waiting(drawn):
+    before = files(drawn)
+    with kept_waiting(drawn):
+        drawn.add_frames(Focus(None, 4, drawn.moves), "rain", 2)
+        drawn.reroll(on_frame(drawn, 2))
+        assert not look(drawn)[0].moving
+        drawn.add_frames(Focus(None, 1, drawn.moves), "snow", 1)
+        with pytest.raises(ValueError, match="frames may move"):
+            drawn.reroll(on_frame(drawn, 3))
+        view, _ = look(drawn)
+        assert view.moving and "disabled" in strip_html(view)
+    told = [texts[0] for texts in drawn.desk.project.story.descriptions()]
+    assert told == ["a fox", "snow", "the fox runs", "the fox runs", "dusk", "rain", "rain"]
+    assert [files(drawn)[n] for n in (0, 3, 4)] == [before[n] for n in (0, 2, 3)]
+
+
+def test_a_shorter_story_says_how_the_longer_one_comes_back(drawn):
+    do(drawn, drawn.draw_story, "1: a fox\n2: rain", "a fox", "ink")
+    assert drawn.message.startswith("Version 2: 4 frames became 2. Undo brings them back.")
+
+
+def test_words_that_the_model_cannot_know_are_drawn_and_named(drawn):
+    assert "In the SCENE".lower() in panel_html(look(drawn)[0]).lower()
+    assert 'only the story world\'s sentences: the style is not "flat cartoon"' in drawn.message
+    drawn.surprise(3)
+    do(drawn, drawn.draw_story, *drawn.texts())
+    assert not drawn.is_error and "sentences" not in drawn.message
+    do(drawn, drawn.edit, "a fox", selected=1)
+    assert drawn.message.endswith("This model knows only the story world's sentences: event 1: found 'a'.")
+
+
+def test_a_frame_has_the_badge_of_the_narrowest_event_around_it(folder, generator):
+    story = Story([Event(1, 4, "dusk"), Event(2, 3, "rain"), Event(3, 3, "a fox")])
+    board = Board(folder, story, Artist(generator, DrawSettings()))
+    assert [(card.numbers, card.event) for card in look(board)[0].cards] == [
+        ("1-4", 0),
+        ("2-3", 1),
+        ("3", 2),
+        ("1-4", 0),
+    ]
+
+
+def test_a_refused_click_is_an_error_beside_what_is_being_drawn(drawn):
+    with kept_waiting(drawn):
+        drawn.say("choose a frame first", is_error=True)
+        html = status_html(look(drawn)[0])
+    assert '<div class="status is-error" role="alert"><p>choose a frame first</p></div>' in html
+
+
+class SameAgain(Artist):
+    def draw_variants(self, *_):
+        return [Image.new("RGB", SIZE, (40 + n // 2, 0, 0)) for n in range(4)]
+
+
+def test_drawings_that_hardly_differ_are_said_to(drawn):
+    drawn.artist = SameAgain(drawn.artist.generator, drawn.artist.settings)
+    do(drawn, drawn.compare, selected=2)
+    assert drawn.message.endswith("the text and the other frames leave little open here.")
+    assert "Keep what is" in tray_html(look(drawn)[0].comparison)
 
 
 def test_a_cancelled_drawing_leaves_the_project_and_its_seed(folder, generator, drawn):
     before, seed = files(drawn), drawn.desk.first_seed
     slow = board_in(folder, generator, num_steps=5_000)
-    slow.act("select", 2)
-    slow.reroll()
-    slow.act("select", 3)
-    slow.reroll()
+    slow.reroll(on_frame(slow, 2))
+    slow.reroll(on_frame(slow, 3))
     view, _ = look(slow)
     assert view.progress.waiting == ["Re-rolling frame 3"] and view.cards[1].drawing
     deadline = time.monotonic() + 60
     while not look(slow)[0].cards[1].picture and time.monotonic() < deadline:
         time.sleep(0.01)
     assert look(slow)[0].cards[1].picture.startswith("data:image/png")
-    slow.act("cancel", 0)
+    slow.act("cancel", 0, Focus())
     settle(slow)
     assert slow.message == "cancelled: Re-rolling frame 2" and files(slow) == before
     assert slow.desk.first_seed == seed and not look(slow)[0].cards[1].drawing
@@ -273,15 +365,14 @@ def test_a_cancelled_drawing_leaves_the_project_and_its_seed(folder, generator, 
 
 def test_nothing_is_named_while_frames_may_move(folder, generator, drawn):
     slow = board_in(folder, generator, num_steps=5_000)
-    slow.act("place", 1)
-    slow.add_frames("rain", 1)
-    slow.act("select", 3)
+    page = Focus(None, 1, slow.moves)
+    slow.add_frames(page, "rain", 1)
     with pytest.raises(ValueError, match="frames may move: wait for 'Drawing 1 new frame after frame 1'"):
-        slow.reroll()
+        slow.reroll(on_frame(slow, 3))
     assert [card.text for card in look(slow)[0].cards][:3] == ["a fox", "rain", "the fox runs"]
-    slow.act("cancel", 0)
+    slow.act("cancel", 0, Focus())
     settle(slow)
-    assert len(look(slow)[0].cards) == 4
+    assert len(look(slow)[0].cards) == 4 and (page.selected, page.place) == (None, 1)
 
 
 def test_one_job_runs_at_a_time_and_a_fault_is_one_line_that_stops_nothing():
@@ -336,8 +427,7 @@ def test_texts_are_shown_as_texts(folder, generator):
     evil = "<img src=x onerror=alert(1)>"
     board = Board(folder, Story([Event(1, 1, evil)]), Artist(generator, DrawSettings()))
     board.say(evil, is_error=True)
-    board.act("select", 1)
-    view, _ = look(board)
+    view, _ = look(board, on_frame(board, 1))
     for html in (strip_html(view), status_html(view), panel_html(view), tray_html(view.comparison)):
         assert "<img src=x" not in html
 

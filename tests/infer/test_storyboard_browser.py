@@ -126,8 +126,8 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         person.choose(2)
         person.click('.card[data-number="2"] .lock')
         page.wait_for_selector('.card.is-locked[data-number="2"]')
-        person.click("#reroll")
-        assert person.line("unlock it first") == "frame 2 is locked: unlock it first"
+        page.wait_for_selector("#reroll[disabled]")
+        assert page.is_disabled("#delete") and page.is_visible(".panel-heading [data-act=lock]")
 
         person.choose(3)
         person.click("#reroll")
@@ -156,13 +156,20 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
 
         person.click(".card.is-more .picture")
         page.wait_for_selector("#place-panel")
-        page.fill("#count input", "2")
         person.write("new-text", SNOW)
+        page.fill("#count input", "99")
+        person.click("#add")
+        assert person.line("at once") == "1 to 16 new frames at once, found 99"
+        assert page.query_selector(".toast-wrap *") is None
+        page.fill("#count input", "2")
         person.click("#add")
         person.wait_for_version(6)
         assert len(person.pictures()) == 7
 
+        other = Person(browser, url)
+        other.choose(2)  # another page looks at another frame
         person.choose(7)
+        other.choose(3)
         person.click("#delete")
         person.wait_for_version(7)
         assert len(person.pictures()) == 6
@@ -170,6 +177,11 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         person.wait_for_version(6)
         person.click("[data-act=redo]")
         person.wait_for_version(7)
+
+        person.click("[data-act=play]")
+        page.wait_for_selector("#screen img")
+        page.keyboard.press("Escape")
+        page.wait_for_selector("#screen", state="detached")
 
         assert Image.open(io.BytesIO(person.take("sheet.png"))).format == "PNG"
         assert b"ftyp" in person.take("film.mp4")[:12]
@@ -180,6 +192,11 @@ def test_a_person_writes_draws_steers_and_takes_a_story_away(browser, tmp_path):
         person.page.reload()
         page.wait_for_selector(".card img")
         assert person.pictures() == shown and page.query_selector('.card.is-locked[data-number="2"]')
+        typed = page.input_value("#events textarea")
+        person.click("#surprise")
+        page.wait_for_function(
+            "typed => document.querySelector('#events textarea').value !== typed", arg=typed
+        )
         person.write("events", "1: a story that nobody has drawn")
         page.press("#events textarea", "Tab")
         page.wait_for_selector("[data-act=forget]")

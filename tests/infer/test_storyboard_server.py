@@ -1,6 +1,7 @@
 """What the storyboard's server answers; the page itself is tested in a browser."""
 
 import socket
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from fastapi.testclient import TestClient
 
 from infer.storyboard.server import build_app, start_server
 
+MODEL = SimpleNamespace(caption_encoder=None)  # nothing is drawn here
 STORY = Story([Event(1, 1, "a"), Event(2, 2, "b")])
 
 
@@ -24,7 +26,7 @@ def board(tmp_path_factory):
     folder = tmp_path_factory.mktemp("boards") / "board"
     frames = {n: Image.new("RGB", (16, 16), (90 * n, 0, 0)) for n in (1, 2)}
     StoryProject.create(folder, STORY, frames, {})
-    return Board(folder, STORY, Artist(None, DrawSettings()))
+    return Board(folder, STORY, Artist(MODEL, DrawSettings()))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def client(board):
 
 
 def test_before_anything_is_drawn_there_is_nothing_to_take_away(tmp_path):
-    board = Board(tmp_path / "board", STORY, Artist(None, DrawSettings()))
+    board = Board(tmp_path / "board", STORY, Artist(MODEL, DrawSettings()))
     client = TestClient(build_app(board))
     for name in ("sheet.png", "film.mp4", "project.zip"):
         answer = client.get(f"/export/{name}")
@@ -64,7 +66,7 @@ def test_downloads_say_what_they_are(board, client):
 def test_a_project_of_any_name_can_be_taken_away(tmp_path):
     folder = tmp_path / 'm\u00e4rchen "\u72d0"'
     StoryProject.create(folder, STORY, {n: Image.new("RGB", (16, 16)) for n in (1, 2)}, {})
-    client = TestClient(build_app(Board(folder, STORY, Artist(None, DrawSettings()))))
+    client = TestClient(build_app(Board(folder, STORY, Artist(MODEL, DrawSettings()))))
     for name in ("sheet.png", "film.mp4", "project.zip"):
         answer = client.get(f"/export/{name}")
         expected = f"attachment; filename*=UTF-8''m%C3%A4rchen%20%22%E7%8B%90%22-{name}"
