@@ -32,6 +32,7 @@ from conf.verdict import HARDWARE, STOPPED, UNHEALTHY, write_verdict
 
 CONF_DIR = Path(__file__).parent
 MANY_KEYS = 12  # too many for one line
+MANY_NUMBERS = 10_000  # of a range: more was not meant
 Config = TypeVar("Config")
 _IS_QUOTED = re.compile(r"""(['"])(?:(?!\1)[^\\]|\\.)*\1""")
 
@@ -124,15 +125,30 @@ def _flag(match: re.Match[str]) -> str:
 
 
 def _as_its_field(argument: str, schema: type) -> str:
-    """A text as it was typed, whatever is in it, and one number where the field is a list of them."""
+    """A text as it was typed, whatever is in it; numbers as a list: 2, 2-4 and [1,3-5] where one is expected.
+
+    ValueError where a list of numbers is expected, and something else found.
+    """
     key, _, value = argument.partition("=")
     kind = {field.name: field.type for field in dataclasses.fields(schema)}.get(key)
     if kind in (str, str | None) and value not in ("", "null") and not _IS_QUOTED.fullmatch(value):
         escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
         return f"{key}='{escaped}'"
-    if kind in (list[int], list[int] | None) and re.fullmatch(r"\d+", value):
-        return f"{key}=[{value}]"
+    if kind in (list[int], list[int] | None) and value != "null":
+        return f"{key}=[{','.join(map(str, _numbers(key, value)))}]"
     return argument
+
+
+def _numbers(key: str, text: str) -> list[int]:
+    inner = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    numbers = []
+    for part in inner.split(",") if inner.strip() else []:
+        range_ = re.fullmatch(r"\s*(-?\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", part)
+        first, last = (int(range_[1]), int(range_[2] or range_[1])) if range_ else (1, 0)
+        if not first <= last < first + MANY_NUMBERS:
+            raise ValueError(f"{key}: expected whole numbers such as 2, [2,3] or 2-4, found {text!r}")
+        numbers += range(first, last + 1)
+    return numbers
 
 
 def _check_added(config: Config, name: str, prefix: str = "") -> None:

@@ -134,6 +134,24 @@ def test_a_text_in_quotes_of_its_own_null_and_one_number_for_a_list(conf):
     assert read_config(TextConfig, "text", ["text=null"]).text is None
     assert read_config(TextConfig, "text", ["numbers=3"]).numbers == [3]
     assert read_config(TextConfig, "text", ["numbers=[3,4]"]).numbers == [3, 4]
+    assert read_config(TextConfig, "text", ["numbers=null"]).numbers is None
+
+
+@pytest.mark.parametrize(
+    "typed, numbers",
+    [("2-4", [2, 3, 4]), ("[1, 3-4]", [1, 3, 4]), ("1,3", [1, 3]), ("[]", []), ("-1", [-1]), ("7-7", [7])],
+)
+def test_numbers_may_be_typed_as_ranges(conf, typed, numbers):
+    (conf / "text.yaml").write_text("defaults: [text_schema, _self_]\n")
+    assert read_config(TextConfig, "text", [f"numbers={typed}"]).numbers == numbers
+
+
+@pytest.mark.parametrize("typed", ["two", "4-2", "[1,x]", "1.5", "[2", "1-999999999"])
+def test_what_is_no_list_of_numbers_is_named(conf, typed):
+    (conf / "text.yaml").write_text("defaults: [text_schema, _self_]\n")
+    with pytest.raises(ValueError, match=r"numbers: expected whole numbers such as 2, .* found") as refused:
+        read_config(TextConfig, "text", [f"numbers={typed}"])
+    assert repr(typed) in str(refused.value)
 
 
 def test_a_plain_mapping_takes_any_key_with_a_plus_sign():
