@@ -193,6 +193,9 @@ class StoryGenerator:
         if missing := sorted(set(edit.kept.values()) - set(before)):
             raise ValueError(f"the edit keeps frames {missing}, found frames {sorted(before)}")
         known = {number: before[earlier] for number, earlier in edit.kept.items()}
+        for number, earlier in edit.kept.items():
+            if not isinstance(known[number], Image.Image):
+                raise ValueError(f"frame {earlier}: found {known[number]!r}, expected a PIL image")
         if known and height is None and width is None:
             height, width = known[min(known)].height, known[min(known)].width
         settings, plan = self.full_settings(settings), self.windows(edit, window, overlap)

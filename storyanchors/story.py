@@ -223,6 +223,8 @@ class Story:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text) if path.suffix == ".json" else yaml.load(text, _StoryLoader)
             return cls.from_dict(content)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"story file {path} is not there") from error
         except (
             ValueError,
             yaml.YAMLError,

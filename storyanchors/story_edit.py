@@ -56,6 +56,8 @@ def redraw_frames(story: Story, numbers: Collection[int]) -> StoryEdit:
 
 def edit_frames(story: Story, descriptions: Mapping[int, str]) -> StoryEdit:
     """Frames get a new text, which is all that is told of them, and are drawn; all others stay."""
+    if not isinstance(descriptions, Mapping):
+        raise ValueError(f"edit: found {descriptions!r}, expected texts by frame number: {{4: text}}")
     _check_named(descriptions, story.num_frames, "edit")
     told = story.descriptions()
     for number in sorted(descriptions):

@@ -438,6 +438,8 @@ def test_frames_of_another_size_than_the_models_stay_in_theirs(generator):
         generator.redraw(keep_frames(story_of(3), [1, 2]), frames | {2: picture(2)}, progress=False)
     with pytest.raises(ValueError, match=r"keeps frames \[2\], found frames \[1\]"):
         generator.redraw(keep_frames(story_of(3), [1, 2]), {1: frames[1]}, progress=False)
+    with pytest.raises(ValueError, match=r"frame 2: found '002\.png', expected a PIL image"):
+        generator.redraw(keep_frames(story_of(3), [1, 2]), frames | {2: "002.png"}, progress=False)
 
 
 @pytest.mark.parametrize(

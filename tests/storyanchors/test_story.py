@@ -276,7 +276,7 @@ def test_a_file_that_is_no_text_or_no_json_is_named(tmp_path):
     for name in ("film.yaml", "story.json"):
         with pytest.raises(ValueError, match=name):
             Story.from_file(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"story file .*nowhere\.yaml is not there"):
         Story.from_file(tmp_path / "nowhere.yaml")
 
 

@@ -354,6 +354,7 @@ STORY = Story([Event(1, 3, "a")])
         (lambda: redraw_frames(STORY, []), "redraw: no frame is named, expected some of 1 to 3"),
         (lambda: redraw_frames(STORY, [0]), "redraw: frame 0, expected one of 1 to 3"),
         (lambda: edit_frames(STORY, {}), "edit: no frame is named"),
+        (lambda: edit_frames(STORY, [2]), "edit: found [2], expected texts by frame number: {4: text}"),
         (lambda: edit_frames(STORY, {5: "b"}), "edit: frame 5, expected one of 1 to 3"),
         (lambda: edit_frames(STORY, {2: " \n"}), "the text of frame 2 is empty, found ' \\n'"),
         (lambda: edit_frames(STORY, {2: None}), "the text of frame 2 is empty, found None"),
