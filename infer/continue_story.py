@@ -8,8 +8,9 @@ python infer/continue_story.py project=PROJECT extend_right=4 text="they walk ho
 python infer/continue_story.py project=PROJECT extend_left=1 text="a road at night"
 python infer/continue_story.py project=PROJECT delete=[3]
 python infer/continue_story.py project=PROJECT story=STORY.yaml keep=[1,2]
-out=OTHER begins a new project with the result, and leaves this one as it is. weights (with
-their lora), fps, frame_interval and motion that are not given are those that the project was drawn with last.
+out=OTHER begins a new project with the result and this one's locks, and leaves this one as it is. weights
+(with their lora), dtype, fps, frame_interval and motion that are not given are those that the project was
+drawn with last; all others are as below.
 
 From a folder of frames 001.png, 002.png, ... (or .jpg), or from a project, into a new project:
 python infer/continue_story.py weights=MODEL story=STORY.yaml frames=FOLDER keep=[1,2,3] out=PROJECT seed=0
@@ -27,7 +28,7 @@ from pathlib import Path
 from conf.command import run
 from infer.frame_folder import find_frames
 from infer.story_project import StoryProject, check_new_project, is_project
-from infer.story_run import DrawConfig, draw_edit
+from infer.story_run import DrawConfig, draw_edit, last_recorded
 from storyanchors.story import Story
 from storyanchors.story_edit import (
     StoryEdit,
@@ -45,6 +46,7 @@ from storyanchors.story_edit import (
 @dataclass
 class ContinueStoryConfig(DrawConfig):
     weights: str | None = None  # a model folder; null = what drew the project last
+    dtype: str | None = None  # or bfloat16; null = as the project was drawn last, else float32
     project: str | None = None  # a story project to change
     infill: list[int] | None = None  # frames to draw anew
     edit: list[int] | None = None  # frames that get another text=
@@ -75,6 +77,7 @@ def main(config: ContinueStoryConfig) -> None:
     if config.weights is None:
         config.weights, lora = _model_of(project)
         config.lora = config.lora or lora
+    config.dtype = config.dtype or last_recorded(project.history, "dtype", "float32")
     draw_edit(config, project, edit, out=out)
 
 
@@ -153,6 +156,8 @@ def _from_folder(config: ContinueStoryConfig) -> None:
             edit, given = replace_story(target.story, story, keep), {}
     else:
         check_new_project(out)
+    if config.dtype is None:
+        config.dtype = last_recorded([] if target is out else target.history, "dtype", "float32")
     draw_edit(config, target, edit, given=given)
 
 

@@ -4,7 +4,8 @@ python infer/generate_story.py weights=MODEL story=STORY.yaml out=PROJECT seed=0
 
 PROJECT is a folder: story.yaml, frames/001.png, ..., contact_sheet.png to look at, and history.jsonl, which
 holds every version with its settings. Where it is a story project already, all its frames are drawn anew, as
-its next version. continue_story.py changes it, restore_story.py goes back.
+its next version, and fps, frame_interval and motion that are not given are those it was drawn with last.
+continue_story.py changes it, restore_story.py goes back.
 Ctrl-C, SIGTERM or a kill lose nothing of it; the same command goes on, and draws the same frames.
 """
 

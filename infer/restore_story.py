@@ -16,7 +16,8 @@ from omegaconf import MISSING
 
 from conf.command import run
 from infer.project.history import Version
-from infer.story_project import StoryProject
+from infer.project.views import SHEET
+from infer.story_project import RESTORE, StoryProject
 
 BY_HAND = ("refuse", "adopt", "discard")
 
@@ -38,7 +39,14 @@ def main(config: RestoreStoryConfig) -> None:
     asked = [name for name in ("version", "undo", "redo", "lock", "unlock") if getattr(config, name)]
     if config.version == 0 or len(asked) > 1:
         raise ValueError(f"found {' and '.join(asked) or 'version=0'}, expected one thing to do")
-    project = StoryProject.open(config.project, by_hand=config.by_hand)
+    by_hand = config.by_hand
+    if by_hand == "refuse" and asked in (
+        [],
+        ["lock"],
+        ["unlock"],
+    ):  # looks and locks touch no file of a person
+        by_hand = "leave"
+    project = StoryProject.open(config.project, by_hand=by_hand)
     if config.undo:
         project.undo()
     elif config.redo:
@@ -58,7 +66,9 @@ def _print_history(project: StoryProject) -> None:
         print(f"{mark} {version.number:3d}  {version.time}  {_described(version)}")
     if project.locked:
         print(f"locked: {', '.join(map(str, sorted(project.locked)))}")
-    print(f"{project.folder} shows version {project.version}: {project.folder / 'contact_sheet.png'}")
+    print(f"{project.folder} shows version {project.version}: {project.folder / SHEET}")
+    if changed := project.changed_by_hand():
+        print(f"changed by hand: {', '.join(changed)}; {RESTORE} project={project.folder} by_hand=adopt")
 
 
 def _described(version: Version) -> str:

@@ -135,5 +135,6 @@ def _version(version: Version, is_ancestor: bool, present: int | None, folder: P
 def _settings(version: Version) -> str:
     parts = [] if version.seed is None else [f"seed {version.seed}"]
     parts += [f"{key} {value}" for key, value in version.settings.items() if value not in (None, "", [])]
+    parts += [f"{key} {version.record[key]}" for key in ("dtype",) if key in version.record]
     parts += [f"weights {digest[:12]}" for digest in version.weights_sha256.values()]
     return ", ".join(parts) or "nothing was drawn"

@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from omegaconf import MISSING
 from torch import Tensor
 
 from conf.command import Stopped
-from infer.frame_folder import as_png
+from infer.frame_folder import as_png, read_given
 from infer.project.drawing import DrawSettings, run_edit
 from infer.project.history import Version
 from infer.project.unfinished import UNFINISHED
 from infer.project.views import SHEET
 from infer.project.whole_files import write_whole
-from infer.story_project import StoryProject
+from infer.story_project import RESTORE, StoryProject, is_project
 from storyanchors.conditioning import ClipConditions
 from storyanchors.contact_sheet import draw_comparison
 from storyanchors.generator import SamplingStopped, StoryGenerator
@@ -135,9 +136,18 @@ def draw_edit(
         raise ValueError(f"seed must not be below 0, found {config.seed}")
     history = [] if isinstance(project, Path) else project.history
     num_before = 0 if out else len(history)
+    again = num_before > 0 and _is_done_again(project, edit, config.seed)
     if len(edit.kept) == edit.story.num_frames:  # e.g. a deletion: needs no model
-        return say_what_was_done(run_edit(None, project, edit, DrawSettings(), out=out), num_before)
+        project = run_edit(None, project, edit, DrawSettings(), out=out)
+        if len(project.history) == num_before:
+            return print(f"{project.folder}: nothing changes, it stays as version {project.version}")
+        return say_what_was_done(project, num_before, again)
     sampler, conditions = sampler_settings(config), _conditions(config, history)
+    if num_before:
+        project.check_locks(edit)
+    read_given(given or {})
+    if config.preview and Path(config.preview).suffix.lower() != ".png":
+        raise ValueError(f"preview={config.preview} must be the name of a .png file")
     generator = load_generator(config)
     settings = DrawSettings(
         sampler,
@@ -155,13 +165,25 @@ def draw_edit(
         project = run_edit(
             generator, project, edit, settings, seed=config.seed, given=given, out=out, callback=preview
         )
-    except SamplingStopped as stopped:
-        finished = (home / UNFINISHED).is_dir()
-        kept = (
-            f"finished windows are kept in {home / UNFINISHED}, the same command goes on" if finished else ""
-        )
-        raise Stopped(kept or "nothing was finished, the same command begins again") from stopped
-    say_what_was_done(project, num_before)
+    except (KeyboardInterrupt, SamplingStopped) as stopped:
+        raise Stopped(_what_is_kept(home, num_before)) from stopped
+    say_what_was_done(project, num_before, again)
+
+
+def _what_is_kept(home: Path, num_before: int) -> str:
+    """By a command that was stopped; its version may be there already, but not shown yet."""
+    if is_project(home) and len(StoryProject(home).history) > num_before:
+        return f"the new version of {home} is finished and kept"
+    if (home / UNFINISHED).is_dir():
+        return f"finished windows are kept in {home / UNFINISHED}, the same command goes on"
+    return "nothing was finished, the same command begins again"
+
+
+def _is_done_again(project: StoryProject, edit: StoryEdit, seed: int) -> bool:
+    """Whether the present version came from this very operation, so that e.g. a story is extended twice."""
+    seed = seed if edit.drawn() else None
+    is_same = (project.present.what, project.present.seed) == (edit.what, seed)
+    return is_same and edit.story.num_frames != project.num_frames
 
 
 def stop_on_sigterm() -> None:
@@ -169,25 +191,39 @@ def stop_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def say_what_was_done(project: StoryProject, num_before: int) -> None:
-    """Prints what the present version is, where to look, and what one may want to do next."""
+def say_what_was_done(project: StoryProject, num_before: int, again: bool = False) -> None:
+    """Prints what the present version is, where to look, and what one may want to do next.
+
+    again: the version before it came from the very same operation.
+    """
     present, folder = project.present, project.folder
+    undo = f"{RESTORE} project={folder} --undo"
     if len(project.history) == num_before:
         print(
             f"{folder}: version {present.number} was drawn by this very command; another seed= draws another"
         )
     else:
         print(f"{folder}: version {present.number}, {present.what}")
-    kept = len(present.kept) + len(present.given)
-    print(f"{len(present.drawn)} frames drawn, {kept} kept: {folder / SHEET}")
-    number, seed = present.drawn[-1] if present.drawn else 1, (present.seed or 0) + 1
-    print(f"next: python infer/continue_story.py project={folder} infill={number} seed={seed}")
-    print(f"      python infer/restore_story.py project={folder}" + (" --undo" if present.parent else ""))
+        if again:
+            print(f"version {present.parent} did the same, so it is done twice now; {undo} takes it back")
+    num_drawn, num_kept = len(present.drawn), len(present.kept) + len(present.given)
+    print(f"{num_drawn} frame{'s' * (num_drawn != 1)} drawn, {num_kept} kept: {folder / SHEET}")
+    hints = [undo if present.parent else f"{RESTORE} project={folder}"]
+    if present.drawn:
+        seed = (present.seed or 0) + 1
+        infill = f"infill={present.drawn[-1]} seed={seed}"
+        hints.insert(0, f"python infer/continue_story.py project={folder} {infill}")
+    print("next: " + "\n      ".join(hints))
+
+
+def last_recorded(history: Sequence[Version], name: str, otherwise: object) -> Any:
+    """What the history says, in the last version that says it, of what drew it."""
+    return next((version.record[name] for version in reversed(history) if name in version.record), otherwise)
 
 
 def _conditions(config: ModelConfig, history: Sequence[Version]) -> ClipConditions:
     """What the configuration says of the clip; what it leaves open is as the project was drawn last."""
-    last = next((v.record["conditions"] for v in reversed(history) if "conditions" in v.record), {})
+    last = last_recorded(history, "conditions", {})
     names = ("fps", "frame_interval", "motion")
     return ClipConditions(
         *(last.get(name) if getattr(config, name) is None else getattr(config, name) for name in names)
@@ -196,8 +232,6 @@ def _conditions(config: ModelConfig, history: Sequence[Version]) -> ClipConditio
 
 def _preview(path: Path, generator: StoryGenerator) -> Callable:
     """A callback of the sampler that draws a page of the present guess, rewritten as a whole."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"preview={path} must be the name of a .png file")
     path.parent.mkdir(parents=True, exist_ok=True)
     last = -PREVIEW_S
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from infer.frame_folder import as_png, read_frame
+from infer.frame_folder import as_png, read_given
 from infer.project.unfinished import UnfinishedFrames
 from infer.project.whole_files import locked, sha256
 from infer.story_project import StoryProject, check_new_project, forget_beginning
@@ -67,6 +67,8 @@ def run_edit(
         known, hashes = _known_frames(project, edit, given)
         if len(known) == edit.story.num_frames:
             return _put(project, home, edit, given, {})
+        if not edit.kept and not settings.height and not settings.width:
+            _check_size(given, known, generator.frame_size)
         record = settings.record(generator, seed)
         key = record["request"] = _request_key(edit.story, hashes, record)
         drawn = _drawn_before(project, key)
@@ -102,13 +104,26 @@ def _known_frames(
     project: StoryProject | Path, edit: StoryEdit, given: Mapping[int, Path]
 ) -> tuple[dict[int, Image.Image], dict[int, str]]:
     """Frames by number after the edit, and the SHA-256 of their PNG files."""
-    frames = {number: read_frame(path) for number, path in given.items()}
+    frames: dict[int, Image.Image] = dict(read_given(given))
     hashes = {number: sha256(as_png(path)) for number, path in given.items()}
     if edit.kept:
         before = project.frames()
         frames |= {number: before[earlier] for number, earlier in edit.kept.items()}
         hashes |= {number: project.present.frames[earlier - 1] for number, earlier in edit.kept.items()}
     return frames, hashes
+
+
+def _check_size(
+    given: Mapping[int, Path], known: Mapping[int, Image.Image], frame_size: tuple[int, int]
+) -> None:
+    """frame_size: height, width."""
+    height, width = frame_size
+    for number, path in given.items():
+        if (found := known[number].size) != (width, height):
+            raise ValueError(
+                f"frame {number}, {path}, has {found[0]} x {found[1]} pixels, expected {width} x {height}: "
+                f"give the frames that size, or height={found[1]} width={found[0]} for a new project"
+            )
 
 
 def _request_key(story: Story, hashes: dict[int, str], record: dict) -> str:

@@ -58,7 +58,7 @@ def read_new_pictures(
     for number, frame in sorted(frames.items()):
         image = read_frame(frame) if isinstance(frame, Path) else frame
         size = size or image.size
-        check_frame(image, f"frame {number}", size)
+        check_frame(image, f"frame {number}" + (f", {frame}," if isinstance(frame, Path) else ""), size)
         contents[number] = as_png(frame)
         if isinstance(frame, Path):
             given[number] = str(frame)

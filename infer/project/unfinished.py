@@ -47,14 +47,20 @@ class UnfinishedFrames:
         """How many windows are done, and their frames by number; (0, {}) where nothing usable is there."""
         try:
             index = json.loads((self.folder / INDEX_FILE).read_bytes())
-            contents = {int(number): self._path(int(number)).read_bytes() for number in index["frames"]}
+            num_windows, hashes = index["windows"], index["frames"]
+            contents = {int(number): self._path(int(number)).read_bytes() for number in hashes}
         except FileNotFoundError:
             return 0, {}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(self._is_damaged(self.folder / INDEX_FILE)) from error
         for number, content in contents.items():
-            if sha256(content) != index["frames"][str(number)]:
-                raise ValueError(f"{self._path(number)} is damaged: remove {self.folder} to begin again")
+            if sha256(content) != hashes[str(number)]:
+                raise ValueError(self._is_damaged(self._path(number)))
         frames = {number: decode_frame(content, self._path(number)) for number, content in contents.items()}
-        return index["windows"], frames
+        return num_windows, frames
+
+    def _is_damaged(self, path: Path) -> str:
+        return f"{path} is damaged: remove {self.folder} to begin again"
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:03d}.png"

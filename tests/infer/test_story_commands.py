@@ -24,6 +24,10 @@ from PIL import Image
 
 from conf.command import run
 from infer import continue_story, generate_story, restore_story
+from infer.project.unfinished import UnfinishedFrames
+from infer.shown_story import read_shown
+from infer.story_page import story_page
+from infer.story_project import StoryProject
 from storyanchors.caption_encoder import WordEncoder
 from storyanchors.codec import PcaCodec
 from storyanchors.dit import StoryDiT, StoryDiTConfig
@@ -200,6 +204,7 @@ def test_the_folder_of_a_project_may_be_edited_in_place(shared, project):
 OPERATIONS = {  # what is typed: which old frame stands where, None = drawn
     ("infill=[2,4]",): [1, None, 3, None],
     ("infill=3",): [1, 2, None, 4],
+    ("infill=2-3",): [1, None, None, 4],
     ("edit=3", "text=in the cave, the fox's den (dark)"): [1, 2, None, 4],
     ("edit=[1,2]", 'text="Stop," she says'): [None, None, 3, 4],
     ("insert=2", "text=A king comes, alone."): [1, 2, None, 3, 4],
@@ -253,6 +258,94 @@ def test_what_the_project_was_drawn_with_is_what_it_goes_on_with(shared, project
     assert [record["settings"]["num_steps"] for record in (first, second, third)] == [2, 2, 3]
 
 
+def test_the_precision_of_a_project_is_what_it_goes_on_with(shared, project, tmp_path):
+    change(project, "infill=2", "seed=1", "dtype=bfloat16")
+    change(project, "infill=3", "seed=2")
+    change(project, "infill=3", "seed=3", "dtype=float32")
+    dtypes = [line["record"]["dtype"] for line in records(project)]
+    assert dtypes == ["float32", "bfloat16", "bfloat16", "float32"]
+    change(project, "infill=3", "seed=4", "dtype=bfloat16")
+    change(project, "infill=4", f"out={tmp_path}/other")
+    assert records(tmp_path / "other")[1]["record"]["dtype"] == "bfloat16"
+    page = story_page(read_shown(str(project)), project)
+    assert "seed 4, num_steps 2" in page and "dtype bfloat16" in page
+
+
+def test_opaque_frames_are_taken_and_stay_as_files(shared, tmp_path):
+    frames = tmp_path / "frames"
+    frames.mkdir()
+    first = Image.open(shared / "first" / "frames" / "001.png")
+    first.convert("RGBA").save(frames / "001.png")
+    result = continue_(shared, tmp_path / "out", f"frames={frames}")
+    assert result.returncode == 0, result.stderr
+    assert frames_of(tmp_path / "out")[0] == (frames / "001.png").read_bytes()
+    change(tmp_path / "out", "infill=2", "seed=3")
+
+
+def test_an_extension_that_is_done_twice_says_so(project):
+    once = change(project, "extend_right=1", "text=The end.", "seed=1").stdout
+    assert "1 frame drawn, 4 kept" in once and "twice" not in once
+    twice = change(project, "extend_right=1", "text=The end.", "seed=1").stdout
+    assert (
+        "twice" in twice and f"python infer/restore_story.py project={project} --undo takes it back" in twice
+    )
+    change(project, "delete=6")
+    other = change(project, "extend_right=1", "text=The end.", "seed=2").stdout
+    assert "twice" not in other
+
+
+def test_what_changes_nothing_is_said_in_one_line(shared, project):
+    result = change(project, f"story={shared}/story.yaml")
+    assert result.stdout == f"{project}: nothing changes, it stays as version 1\n"
+    assert len(records(project)) == 1
+    assert "infill=" not in change(project, "delete=4").stdout
+
+
+def test_a_stray_frame_does_not_hide_the_history_nor_keep_locks_shut(project):
+    stray = project / "frames" / "009.png"
+    shutil.copy(project / "frames" / "001.png", stray)
+    listed = restore(project)
+    assert listed.returncode == 0 and "changed by hand: frames/009.png" in listed.stdout
+    assert "> " + "  1" in listed.stdout and stray.exists()
+    assert "locked: 2" in restore(project, "lock=2").stdout and stray.exists()
+    refused = restore(project, "--undo")
+    assert refused.returncode == 1 and f"python infer/restore_story.py project={project}" in refused.stderr
+
+
+def test_ctrl_c_late_in_an_extension_says_that_windows_are_kept(project, monkeypatch):
+    keep, arguments = UnfinishedFrames.keep, ["extend_right=6", "text=The end.", "window=4", "overlap=2"]
+
+    def keep_and_press_ctrl_c(self, *args):
+        keep(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(UnfinishedFrames, "keep", keep_and_press_ctrl_c)
+        stopped = command("continue_story", f"project={project}", *arguments)
+    assert stopped.returncode == 75 and "finished windows are kept in" in stopped.stderr
+    assert "the same command goes on" in stopped.stderr and len(records(project)) == 1
+    index = next(project.glob("unfinished/*/windows.json"))
+    whole = index.read_bytes()
+    index.write_bytes(whole[:9])
+    damaged = command("continue_story", f"project={project}", *arguments)
+    assert damaged.returncode == 1 and f"{index} is damaged: remove {index.parent}" in damaged.stderr
+    index.write_bytes(whole)
+    change(project, *arguments)
+    assert len(frames_of(project)) == 10
+
+
+def test_a_version_that_is_finished_when_ctrl_c_comes_is_kept_and_not_made_again(project, monkeypatch):
+    def press_ctrl_c(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoryProject, "_show", press_ctrl_c)
+        patched.setattr(StoryProject, "_mend", lambda self, by_hand: None)
+        stopped = command("continue_story", f"project={project}", "extend_right=1", "text=The end.")
+    assert stopped.returncode == 75 and f"the new version of {project} is finished" in stopped.stderr
+    assert restore(project).returncode == 0 and len(frames_of(project)) == 5
+
+
 def test_the_adapter_that_drew_a_project_goes_on_with_it(shared, project, tmp_path):
     adapted = StoryGenerator.from_pretrained(shared / "model").dit
     add_lora(adapted, LoraSettings(rank=2))
@@ -275,6 +368,7 @@ def test_what_was_done_can_be_seen_and_taken_back(project):
     assert "locked: 1, 3" in restore(project, "lock=[1,3]").stdout
     refused = command("continue_story", f"project={project}", "infill=[1,2]")
     assert refused.returncode == 1 and "frames [1] of" in refused.stderr and "locked" in refused.stderr
+    assert f"python infer/restore_story.py project={project} unlock=[1]" in refused.stderr
     assert "locked: 3" in restore(project, "unlock=1").stdout
     change(project, "infill=[1,2]", "seed=8")
 
@@ -371,6 +465,7 @@ def broken(shared):
         "large",
         "truncated",
         "wide",
+        "sizes",
         "alpha",
         "busy",
         "halfmodel",
@@ -385,7 +480,9 @@ def broken(shared):
     whole = (shared / "first" / "frames" / "001.png").read_bytes()
     (folder / "truncated" / "001.png").write_bytes(whole[: len(whole) // 2])
     frame.resize((32, 16)).save(folder / "wide" / "001.png")
-    frame.convert("RGBA").save(folder / "alpha" / "001.png")
+    frame.save(folder / "sizes" / "001.png")
+    frame.resize((32, 16)).save(folder / "sizes" / "002.png")
+    Image.new("RGBA", frame.size, (9, 9, 9, 99)).save(folder / "alpha" / "001.png")
     (folder / "busy" / "diary.txt").write_text("mine")
     shutil.copytree(shared / "model", folder / "halfmodel", dirs_exist_ok=True)
     shutil.rmtree(folder / "halfmodel" / "codec")
@@ -405,7 +502,8 @@ def broken(shared):
         (["weights={broken}/nowhere", "keep=[1]"], "not a model folder"),
         (["weights={broken}/halfmodel", "keep=[1]"], "codec"),
         (["story={broken}/gap.yaml"], "no event covers frame 2"),
-        (["story={broken}/nowhere.yaml"], "nowhere.yaml"),
+        (["story={broken}/nowhere.yaml"], "story file {broken}/nowhere.yaml is not there"),
+        (["keep=two"], "keep: expected whole numbers such as 2, [2,3] or 2-4, found 'two'"),
         (["frames={broken}/nowhere"], "not a folder"),
         (["frames={broken}/empty"], "no numbered frames"),
         (["frames={broken}/twice", "keep=[1]"], "frame 1 twice"),
@@ -413,8 +511,13 @@ def broken(shared):
         (["frames={broken}/bomb"], "001.png"),
         (["frames={broken}/large"], "5000 x 4000"),
         (["frames={broken}/truncated"], "001.png"),
-        (["frames={broken}/wide"], "32 x 16 pixels, expected 24 x 16"),
-        (["frames={broken}/alpha"], "RGBA"),
+        (
+            ["frames={broken}/wide"],
+            "wide/001.png, has 32 x 16 pixels, expected 24 x 16: give the frames that",
+        ),
+        (["frames={broken}/alpha", "weights={broken}/nowhere"], "alpha/001.png, is an image of mode RGBA"),
+        (["frames={broken}/sizes", "weights={broken}/nowhere"], "sizes/002.png, has 32 x 16 pixels"),
+        (["keep=[1]", "weights={broken}/nowhere", "preview=look.jpg"], "must be the name of a .png"),
         (["keep=[1,9]"], "[9]"),
         (["keep=[1,2,3,4]"], "none to generate"),
         (["num_frames=3", "keep=[1]"], "num_frames= needs project="),
@@ -435,7 +538,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(shared, broken, tmp_path, over
     result = continue_(shared, tmp_path / "out", *(text.format(broken=broken) for text in overrides))
     assert result.returncode == 1
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and found in errors[0], result.stderr
+    assert len(errors) == 1 and found.format(broken=broken) in errors[0], result.stderr
     assert "Traceback" not in result.stderr
     assert list(tmp_path.iterdir()) == []
     assert sorted(str(path) for path in broken.rglob("*")) == before
@@ -447,6 +550,7 @@ OPERATIONS_REFUSED = {  # what the error says, what was typed
     "unknown key 'shrink'": ["shrink=3"],
     "redraw: frame 9, expected one of 1 to 4": ["infill=[1,9]"],
     "redraw: no frame is named": ["infill=[]"],
+    "redraw: frame -1, expected one of 1 to 4": ["infill=-1"],
     "edit= needs text=, found none": ["edit=2"],
     "text= says nothing to delete=: it belongs to edit=, insert=": ["delete=2", "text=a"],
     "keep= says nothing to infill=: it belongs to story=": ["infill=2", "keep=1"],

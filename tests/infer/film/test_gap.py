@@ -59,7 +59,7 @@ def test_too_few_anchors_are_refused(num_anchors, expected):
     "second, expected",
     [
         (picture(1, (9, 6)), "2.png has 9 x 6 pixels, expected 8 x 6"),
-        (picture(1, mode="RGBA"), "mode RGBA, expected RGB"),
+        (Image.new("RGBA", (8, 6), (1, 1, 1, 9)), "mode RGBA, expected RGB without transparent parts"),
     ],
 )
 def test_anchors_that_do_not_fit_are_named(tmp_path, second, expected):
