@@ -41,9 +41,7 @@ def build_page(board: Board) -> gr.Blocks:
             with gr.Column(scale=3, min_width=320, elem_id="side"):
                 heading = _html("heading")
                 with gr.Column(elem_id="story-panel", elem_classes="panel") as story_panel:
-                    events = gr.Textbox(
-                        label="Events, one per line", lines=12, max_lines=24, elem_id="events"
-                    )
+                    events = gr.Textbox(label="Events, one per line", lines=8, max_lines=24, elem_id="events")
                     subjects = gr.Textbox(label="Subjects, most important first; between semicolons")
                     style = gr.Textbox(label="Style")
                     story = [events, subjects, style]
