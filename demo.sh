@@ -65,7 +65,7 @@ tell() { # MODEL OUT: continues a story from its first frame, then edits frame 6
 }
 say "a story, continued from its first frame, then its frame 6 edited: by the model that was trained just now"
 tell $run/models/stage3 $run/told
-say "the same by the model that comes with the repository (examples/story_world_model: trained for 10,100 steps)"
+say "the same by the model that comes with the repository (examples/story_world_model: trained for 18,700 steps)"
 tell examples/story_world_model $run/told_by_shipped_model
 
 say "done in $(((SECONDS - started + 59) / 60)) minutes; look at"
