@@ -53,8 +53,8 @@ def test_sample_frames_says_what_is_wrong(refused, short_videos, tmp_path, tree,
 
 WRITE_STORY_WORLD = {
     "num_stories is 0": ["num_stories=0"],
-    "num_frames is [fewest, most], 2 to 16, found [8, 6]": ["num_frames=[8,6]"],
-    "2 to 16, found [1, 4]": ["num_frames=[1,4]"],
+    "num_frames is [fewest, most], 2 to 32, found [8, 6]": ["num_frames=[8,6]"],
+    "2 to 32, found [1, 4]": ["num_frames=[1,4]"],
     "seed is -1": ["seed=-1"],
     "clips_per_shard is 0": ["clips_per_shard=0"],
     "did you mean 'videos'?": ["vidoes=true"],

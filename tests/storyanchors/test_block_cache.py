@@ -26,6 +26,13 @@ def dit() -> StoryDiT:
     return dit
 
 
+@pytest.fixture(autouse=True)
+def sampling():
+    """Without gradients, as in the cache: attention on a CPU takes another kernel with them."""
+    with torch.no_grad():
+        yield
+
+
 def draw(clip: int, number: int) -> Tensor:
     F, H, W, _ = SIZES[clip % 2]
     return torch.randn(F, 3, H, W, generator=torch.Generator().manual_seed(10 * clip + number))

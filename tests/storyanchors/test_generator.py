@@ -313,7 +313,15 @@ def test_false_from_the_callback_ends_the_sampling_there(generator, number):
     assert stopped.value.frames == {}
 
 
-def test_ctrl_c_ends_the_sampling_alike(generator):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; what a shell starts in the background ignores it."""
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, earlier)
+
+
+def test_ctrl_c_ends_the_sampling_alike(generator, interruptible):
     def press(step, latents):
         signal.raise_signal(signal.SIGINT)
 
