@@ -170,6 +170,7 @@ def test_nothing_outlives_its_run_and_no_other_thread_or_network_sees_it(dit):
     assert active_cache(dit) is None
 
 
+@torch.enable_grad()
 def test_there_are_no_gradients_inside_which_would_be_wrong():
     dit = StoryDiT(CONFIG)
     with block_cache(dit, 0.1):
