@@ -17,9 +17,7 @@ from PIL import Image
 
 from storyanchors.story import Story
 
-# x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more. One thread:
-# with several, two films of the same frames differed once on a busy machine.
-X264 = {"crf": "14", "threads": "1"}
+CRF = "14"  # x264's quality; 18 is called visually lossless, and story frames are flat enough to afford more
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def write_mp4(
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            stream = container.add_stream("libx264", rate=rate, options=X264)
+            stream = container.add_stream("libx264", rate=rate, options={"crf": CRF})
             stream.width, stream.height = (side + side % 2 for side in size)
             stream.pix_fmt = "yuv420p"
             codec = stream.codec_context

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,8 @@ def fake(tmp_path, monkeypatch) -> Path:
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     (folder / "calls").write_text("")
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    own = Path(sys.executable).parent  # a machine may have no other `python`
+    monkeypatch.setenv("PATH", f"{folder}:{own}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE", str(folder))
     return folder
 

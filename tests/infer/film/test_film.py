@@ -113,12 +113,17 @@ def test_frames_of_odd_size_keep_their_pixels(tmp_path):
     assert psnr(first.crop((0, 0, 47, 31)), Image.open(parts / "frames" / "000000.png")) > 36
 
 
+def frames_of(parts):
+    """Not the mp4: x264 was seen to encode the same pictures to other bytes, in 3 of 50 films."""
+    return {path.name: path.read_bytes() for path in (parts / "frames").glob("*.png")}
+
+
 def test_what_was_drawn_is_not_drawn_again(tmp_path):
     anchors, draw = write_anchors(tmp_path / "anchors"), Counting()
     film(anchors, STORY, tmp_path / "film.mp4", draw)
-    first = (tmp_path / "film.mp4").read_bytes()
+    first = frames_of(tmp_path / "film.parts")
     film(anchors, STORY, tmp_path / "film.mp4", draw)
-    assert draw.calls == 3 and (tmp_path / "film.mp4").read_bytes() == first
+    assert draw.calls == 3 and frames_of(tmp_path / "film.parts") == first
     scene(9).save(anchors[3])
     film(anchors, STORY, tmp_path / "film.mp4", draw)
     assert draw.calls == 4  # the gap before the changed frame
